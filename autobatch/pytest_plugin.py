@@ -1,0 +1,1 @@
+"""The pytest option ``--virtual-gpu``."""

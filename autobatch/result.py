@@ -1,0 +1,194 @@
+"""What a search found, in frozen records that go to JSON and back.
+
+No torch here, and no device: everything is a number, a string or one of these records.
+Bytes are ``int``, seconds ``float``; ``None`` means unknown, which is never zero.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from autobatch.errors import InvalidArgumentError
+from autobatch.units import format_bytes, format_seconds
+
+FORMAT_VERSION = 1
+PROOFS = ("next_size_failed", "max_batch_size", "dataset", "memory_model", "time_limit")
+
+
+class Outcome(enum.Enum):
+    """What became of one batch size. Only ``FITS`` is a size to train at."""
+
+    FITS = "fits"
+    OVER_HEADROOM = "over_headroom"  # it ran, but left less free than was asked for
+    THRASHED = "thrashed"  # it ran, but the allocator had to free and retry in every step
+    OOM = "oom"
+    LIMIT = "limit"  # a kernel's size limit, not memory: caps the search
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """What one trial measured. Peaks are over all its steps, all in bytes; times in seconds."""
+
+    peak_allocated_bytes: int | None
+    """Largest sum of live tensors, as the allocator rounds them."""
+    peak_reserved_bytes: int | None
+    """Largest sum of memory the allocator took from the device."""
+    device_used_bytes: int | None = None
+    """What the whole device had in use after the steps, other processes included."""
+    capacity_bytes: int | None = None
+    """What this trial was allowed: the device's budget less the headroom."""
+    alloc_retries: int | None = None
+    """Times the allocator had to give cached memory back and try again, in the judged steps."""
+    step_time_s: float | None = None
+    """Median time of a judged step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """One batch size that was tried."""
+
+    batch_size: int
+    outcome: Outcome
+    measurement: Measurement | None = None
+    duration_s: float = 0.0
+    message: str = ""
+    """For a person: the error's first line, or what was noticed. Empty when there is nothing to say."""
+    steps: int = 0
+    """Training steps that ran to their end."""
+
+    @property
+    def fits(self) -> bool:
+        return self.outcome is Outcome.FITS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchSizeResult:
+    """The answer of a search. ``str()`` prints it as a table, ``repr()`` as one line.
+
+    ``batch_size`` was run: it is in ``trials`` and in ``confirmation``. ``proof`` says why the search stopped there:
+    ``next_size_failed`` (the next permitted size does not fit), ``max_batch_size`` or ``dataset`` (a cap was reached),
+    ``memory_model`` (the caller chose to provoke no failure), ``time_limit``.
+    """
+
+    batch_size: int
+    proof: str
+    smallest_failure: int | None
+    """The smallest size above ``batch_size`` that was seen not to fit."""
+    trials: tuple[Trial, ...]
+    """Every size tried, in the order tried."""
+    confirmation: tuple[Trial, ...] = ()
+    """The runs that confirmed the answer, one for each history; together they count as one trial."""
+    eval_batch_size: int | None = None
+    """The largest size for evaluation, where the workload has one."""
+    fastest_batch_size: int | None = None
+    headroom: float = 0.0
+    budget_bytes: int | None = None
+    """What the device had for this workload, before the headroom was withheld."""
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    """Device, driver and versions; ``virtual`` says whether the GPU was one that is not there."""
+    notes: tuple[str, ...] = ()
+    """Sentences for a person: what was stepped down, what would let more fit."""
+    duration_s: float = 0.0
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def trial_count(self) -> int:
+        """Trials of the search, the confirmation counted as one."""
+        return len(self.trials) + bool(self.confirmation)
+
+    @property
+    def oom_count(self) -> int:
+        """Failures provoked, in the search and in confirming."""
+        return sum(t.outcome is Outcome.OOM for t in (*self.trials, *self.confirmation))
+
+    @property
+    def samples_processed(self) -> int:
+        """Samples of the search alone; those of the confirmation are counted apart."""
+        return sum(t.batch_size * t.steps for t in self.trials)
+
+    @property
+    def peak_fraction(self) -> float | None:
+        """Peak allocated bytes at the answer over the budget, or None where either is unknown."""
+        peaks = [t.measurement.peak_allocated_bytes for t in self._runs_of_answer() if t.measurement]
+        known = [p for p in peaks if p is not None]
+        return max(known) / self.budget_bytes if known and self.budget_bytes else None
+
+    def _runs_of_answer(self) -> list[Trial]:
+        return [t for t in (*self.trials, *self.confirmation) if t.batch_size == self.batch_size and t.fits]
+
+    def to_json(self, *, indent: int | None = 2) -> str:
+        """This result as JSON text; :meth:`from_json` reads it back to an equal record."""
+        plain = asdict(self)
+        for trial in (*plain["trials"], *plain["confirmation"]):
+            trial["outcome"] = trial["outcome"].value
+        return json.dumps(plain, indent=indent)
+
+    @classmethod
+    def from_json(cls, text: str) -> BatchSizeResult:
+        """The result that ``text`` holds.
+
+        Raises:
+            InvalidArgumentError: if ``text`` is not a result, or one of another format version.
+        """
+        try:
+            plain = json.loads(text)
+            version = plain["format_version"]
+        except (ValueError, KeyError, TypeError) as exc:
+            raise InvalidArgumentError("text", text[:80], "a BatchSizeResult in JSON") from exc
+        if version != FORMAT_VERSION:
+            raise InvalidArgumentError("format_version", version, f"{FORMAT_VERSION}, the one this autobatch writes")
+        try:
+            for name in ("trials", "confirmation"):
+                plain[name] = tuple(_trial_from(t) for t in plain[name])
+            return cls(**{**plain, "notes": tuple(plain["notes"])})
+        except (ValueError, KeyError, TypeError) as exc:
+            raise InvalidArgumentError("text", text[:80], f"a BatchSizeResult in JSON ({exc})") from exc
+
+    def __repr__(self) -> str:
+        name = self.environment.get("device", "unknown device")
+        return (
+            f"BatchSizeResult(batch_size={self.batch_size}, proof={self.proof!r}, trials={self.trial_count}, "
+            f"failures={self.oom_count}, device={name!r})"
+        )
+
+    def __str__(self) -> str:
+        return "\n".join([*_table(self), "", _conclusion(self), *self.notes])
+
+
+def _trial_from(plain: dict[str, Any]) -> Trial:
+    measured = plain["measurement"]
+    return Trial(
+        **{
+            **plain,
+            "outcome": Outcome(plain["outcome"]),
+            "measurement": Measurement(**measured) if measured else None,
+        }
+    )
+
+
+def _table(result: BatchSizeResult) -> list[str]:
+    lines = [f"{'batch':>8}  {'outcome':<13}  {'allocated':>10}  {'reserved':>10}  {'step':>8}"]
+    for kind, trials in (("", result.trials), (" (confirmed)", result.confirmation)):
+        for trial in trials:
+            m = trial.measurement or Measurement(peak_allocated_bytes=None, peak_reserved_bytes=None)
+            lines.append(
+                f"{trial.batch_size:>8}  {trial.outcome.value:<13}  {format_bytes(m.peak_allocated_bytes):>10}  "
+                f"{format_bytes(m.peak_reserved_bytes):>10}  {format_seconds(m.step_time_s):>8}{kind if trial.fits else ''}"
+            )
+    return lines
+
+
+def _conclusion(result: BatchSizeResult) -> str:
+    device = result.environment.get("device", "an unknown device")
+    reasons = {
+        "next_size_failed": f"{result.smallest_failure} does not fit",
+        "max_batch_size": "the largest size allowed",
+        "dataset": "the data set has no more samples",
+        "memory_model": "the memory model allows no more without risking a failure",
+        "time_limit": "the time limit was reached",
+    }
+    return f"Largest batch on {device}: {result.batch_size} ({reasons.get(result.proof, result.proof)})"
