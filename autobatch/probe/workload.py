@@ -1,0 +1,255 @@
+"""What is trained: a model, its optimizer, its loss, and a batch of n samples.
+
+A workload knows how to run one training step, or one evaluation, of n samples. It knows nothing of devices'
+memory and nothing of searching.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autobatch.errors import InvalidArgumentError
+
+MODES = ("train", "eval", "both")
+_AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = ("fp32", *_AUTOCAST_DTYPES)
+
+
+class Workload:
+    """A training run in small: everything that decides how much memory a batch of n samples needs.
+
+    Args:
+        model: what is trained. Its parameters must be on the device that is probed.
+        optimizer: stepped once a training step; without one, only forward and backward run.
+        loss_fn: ``loss_fn(output, target)`` for batches that are a pair, else ``loss_fn(output, batch)``. Without it
+            the model returns the loss itself: the output, its ``loss`` attribute or item, or the first of a tuple.
+        sample: ``sample(n)`` makes a batch of n samples, each as large as the largest of the run. It may live on the
+            host: it is moved to the model's device in every step, as in training. A mapping is given to the model as
+            keywords; with ``loss_fn`` a pair is ``(input, target)``; without, a tuple is given as positional
+            arguments; anything else is the model's one argument.
+        evaluate: ``evaluate(n)`` runs an evaluation of n samples; without it, a forward pass and the loss of
+            ``sample(n)`` without gradients is what evaluation means.
+        precision: ``"fp32"``, or ``"bf16"`` or ``"fp16"`` for autocast (``fp16`` with a GradScaler). None leaves
+            precision to the model.
+        scheduler: a learning-rate scheduler, stepped after the optimizer.
+        scaler: the GradScaler to use; made for ``precision="fp16"`` if not given.
+        max_grad_norm: gradients are clipped to this norm before the optimizer steps.
+        accumulate: True if training will accumulate gradients: then two micro-batches are run a step, since the
+            gradients of the first are alive in the second.
+        extra_state: further objects that a step changes and a probe must put back (an EMA copy, a sampler, ...).
+        mode: what to find the largest batch of: ``"train"``, ``"eval"`` or ``"both"``.
+        name: for people; the model's class name if not given.
+
+    Raises:
+        InvalidArgumentError: naming the argument, if one is of the wrong kind.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        loss_fn: Callable[..., Tensor] | None = None,
+        sample: Callable[[int], Any] | None = None,
+        *,
+        evaluate: Callable[[int], Any] | None = None,
+        precision: str | None = None,
+        scheduler: Any = None,
+        scaler: Any = None,
+        max_grad_norm: float | None = None,
+        accumulate: bool = False,
+        extra_state: Sequence[Any] = (),
+        mode: str = "train",
+        name: str | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise InvalidArgumentError("model", model, "a torch.nn.Module")
+        if optimizer is not None and not hasattr(optimizer, "step"):
+            raise InvalidArgumentError("optimizer", optimizer, "a torch optimizer, or None")
+        for argument, value in (("loss_fn", loss_fn), ("evaluate", evaluate)):
+            if value is not None and not callable(value):
+                raise InvalidArgumentError(argument, value, "a function, or None")
+        if not callable(sample):
+            raise InvalidArgumentError("sample", sample, "a function of n that returns a batch of n samples")
+        if precision is not None and precision not in PRECISIONS:
+            raise InvalidArgumentError("precision", precision, f"one of {', '.join(PRECISIONS)}, or None")
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise InvalidArgumentError("max_grad_norm", max_grad_norm, "a positive number, or None")
+        check_mode(mode)
+        self.model, self.optimizer, self.loss_fn, self.sample = model, optimizer, loss_fn, sample
+        self.precision, self.scheduler, self.scaler = precision, scheduler, scaler
+        self.max_grad_norm, self.accumulate, self.mode = max_grad_norm, accumulate, mode
+        self.extra_state = tuple(extra_state)
+        self.name: str = name or type(getattr(model, "_orig_mod", model)).__name__
+        self._evaluate = evaluate
+        self._last: Any = None
+        if precision == "fp16" and scaler is None:
+            self.scaler = torch.amp.GradScaler(self.device.type)
+
+    @classmethod
+    def from_step(cls, step: Callable[[int], Any], *, state: Sequence[Any] = (), name: str | None = None) -> Workload:
+        """A workload of which only ``step(n)`` is known: it runs one training step on n samples.
+
+        ``state`` names what a step changes and a probe must put back: modules, optimizers, schedulers, scalers,
+        generators, anything with ``state_dict`` and ``load_state_dict``.
+        """
+        return _StepWorkload(step, state=state, name=name)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first parameter or buffer is; the host for a model that has none."""
+        first = next(iter([*self.model.parameters(), *self.model.buffers()]), None)
+        return torch.device("cpu") if first is None else first.device
+
+    @property
+    def stateful(self) -> tuple[Any, ...]:
+        """Every object that a step may change."""
+        known = (self.model, self.optimizer, self.scheduler, self.scaler, self.loss_fn, *self.extra_state)
+        return tuple(item for item in known if item is not None)
+
+    def to(self, torch_device: str) -> None:
+        """Moves the model (its parameters in place, so the optimizer still holds them) to ``torch_device``."""
+        self.model.to(torch_device)
+        if isinstance(self.loss_fn, nn.Module):
+            self.loss_fn.to(torch_device)
+        if self.precision == "fp16" and self.scaler is not None and self.scaler._device != self.device.type:
+            self.scaler = torch.amp.GradScaler(self.device.type)
+
+    def train_step(self, batch_size: int) -> None:
+        """One whole training step of ``batch_size`` samples, two micro-batches of it with ``accumulate``."""
+        self.model.train()
+        for _ in range(2 if self.accumulate else 1):
+            loss = self._run_forward(batch_size)
+            (self.scaler.scale(loss) if self.scaler is not None else loss).backward()
+        self._update()
+
+    def eval_step(self, batch_size: int) -> None:
+        """One evaluation of ``batch_size`` samples, without gradients."""
+        if self._evaluate is not None:
+            self._evaluate(batch_size)
+            return
+        self.model.eval()
+        with torch.no_grad():
+            self._run_forward(batch_size)
+
+    def forget(self) -> None:
+        """Drops what steps leave alive: gradients, and the last step's batch, output and loss."""
+        self._last = None
+        self.model.zero_grad(set_to_none=True)
+
+    def _run_forward(self, batch_size: int) -> Tensor:
+        batch = move(self.sample(batch_size), self.device)
+        with self._autocast():
+            output = self._output(batch)
+            loss = self._loss(output, batch)
+        # In a loop written by hand, `output = model(batch)` keeps the last step's output alive until here.
+        self._last = (batch, output, loss)
+        return loss
+
+    def _output(self, batch: Any) -> Any:
+        if isinstance(batch, Mapping):
+            return self.model(**batch)
+        if not isinstance(batch, (tuple, list)):
+            return self.model(batch)
+        return self.model(*batch) if self.loss_fn is None else self.model(batch[0])
+
+    def _loss(self, output: Any, batch: Any) -> Tensor:
+        if self.loss_fn is None:
+            return loss_of(output)
+        is_pair = isinstance(batch, (tuple, list)) and len(batch) == 2
+        return self.loss_fn(output, batch[1] if is_pair else batch)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.precision not in _AUTOCAST_DTYPES:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=_AUTOCAST_DTYPES[self.precision])
+
+    def _update(self) -> None:
+        if self.max_grad_norm is not None:
+            if self.scaler is not None and self.optimizer is not None:
+                self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        if self.optimizer is not None:
+            if self.scaler is not None:
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
+            else:
+                self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
+        if self.scheduler is not None:
+            self.scheduler.step()
+
+
+class _StepWorkload(Workload):
+    """A workload of which nothing is known but a function that runs one step."""
+
+    def __init__(self, step: Callable[[int], Any], *, state: Sequence[Any] = (), name: str | None = None) -> None:
+        if not callable(step):
+            raise InvalidArgumentError("step", step, "a function of n that trains one step on n samples")
+        self._step, self.extra_state = step, tuple(state)
+        self.mode = "train"
+        self.name = name or str(getattr(step, "__name__", type(step).__name__))
+
+    @property
+    def device(self) -> torch.device:
+        raise AttributeError("a step function does not say where its model is")
+
+    @property
+    def stateful(self) -> tuple[Any, ...]:
+        return self.extra_state
+
+    def to(self, torch_device: str) -> None:
+        """A step function places its tensors itself."""
+
+    def train_step(self, batch_size: int) -> None:
+        self._step(batch_size)
+
+    def eval_step(self, batch_size: int) -> None:
+        raise InvalidArgumentError("mode", "eval", "train for a workload that is only a step function")
+
+    def forget(self) -> None:
+        for item in self.extra_state:
+            if hasattr(item, "zero_grad"):
+                item.zero_grad(set_to_none=True)
+
+
+def check_mode(mode: str) -> None:
+    """Raises InvalidArgumentError unless ``mode`` is one of :data:`MODES`."""
+    if mode not in MODES:
+        raise InvalidArgumentError("mode", mode, f"one of {', '.join(MODES)}")
+
+
+def move(batch: Any, device: torch.device) -> Any:
+    """``batch`` with every tensor in it on ``device``: tensors, mappings, sequences and dataclasses of them."""
+    if hasattr(batch, "to") and callable(batch.to):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: move(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(move(value, device) for value in batch))
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(move(value, device) for value in batch)
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        fields: Iterable[str] = (f.name for f in dataclasses.fields(batch) if f.init)
+        return dataclasses.replace(batch, **{name: move(getattr(batch, name), device) for name in fields})
+    return batch
+
+
+def loss_of(output: Any) -> Tensor:
+    """The loss in what a model returned that computes it itself."""
+    found = output
+    if isinstance(output, Mapping):
+        found = output.get("loss")
+    elif hasattr(output, "loss"):
+        found = output.loss
+    elif isinstance(output, (tuple, list)) and output:
+        found = output[0]
+    if not isinstance(found, Tensor) or found.dim() > 0:
+        raise InvalidArgumentError("loss_fn", None, "given when the model does not return a scalar loss itself")
+    return found
