@@ -74,6 +74,14 @@ class Device(Protocol):
     def torch_device(self) -> str:
         """What to give to ``Tensor.to``: ``"cuda:0"``, ``"cpu"``, ``"mps"``. A fake has ``"cpu"``."""
 
+    @property
+    def comparable_peaks(self) -> bool:
+        """Whether a measured peak and the budget count the same bytes.
+
+        True wherever an allocator counts. False on the host, where the limit counts private data, touched or not,
+        and the peak is resident memory: there peaks give the slope of a fit and are never held against a capacity.
+        """
+
     def info(self) -> DeviceInfo:
         """Who this is, and who else uses it. Never raises for a figure that cannot be had: that is None."""
 
