@@ -1,0 +1,129 @@
+"""NVIDIA and AMD GPUs, through ``torch.cuda`` and its caching allocator."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from autobatch.device.base import DeviceInfo, Isolation
+from autobatch.errors import DeviceNotFoundError
+from autobatch.result import Measurement
+
+
+class CudaDevice:
+    """One GPU of the present process.
+
+    Every figure of memory is of *reserved* bytes: what the caching allocator took from the driver. What the process
+    holds besides (the context, loaded kernels, libraries) is taken from the budget, because it is not free.
+
+    Args:
+        torch_device: ``"cuda"`` or ``"cuda:N"``.
+        memory_limit_bytes: what the workload may have at most, in reserved bytes; None for all that is free.
+
+    Raises:
+        DeviceNotFoundError: if there is no such GPU for this process.
+    """
+
+    comparable_peaks = True
+
+    def __init__(self, torch_device: str = "cuda", *, memory_limit_bytes: int | None = None) -> None:
+        if not torch.cuda.is_available():
+            raise DeviceNotFoundError(f"{torch_device}: torch {torch.__version__} sees no CUDA or ROCm GPU")
+        index = torch.device(torch_device).index
+        self._index = torch.cuda.current_device() if index is None else index
+        if not 0 <= self._index < torch.cuda.device_count():
+            raise DeviceNotFoundError(f"{torch_device}: there are {torch.cuda.device_count()}, counted from cuda:0")
+        self._memory_limit_bytes = memory_limit_bytes
+
+    @property
+    def torch_device(self) -> str:
+        return f"cuda:{self._index}"
+
+    def info(self) -> DeviceInfo:
+        properties = torch.cuda.get_device_properties(self._index)
+        free_bytes, total_bytes = torch.cuda.mem_get_info(self._index)
+        return DeviceInfo(
+            name=properties.name,
+            kind="rocm" if torch.version.hip else "cuda",
+            index=self._index,
+            uuid=str(properties.uuid),
+            total_bytes=total_bytes,
+            free_bytes=free_bytes,
+            capability=f"{properties.major}.{properties.minor}",
+        )
+
+    def isolation(self) -> Isolation:
+        return Isolation(
+            required=False,
+            reason="a child process has an allocator without a past",
+            device=self.torch_device,
+            memory_limit_bytes=self._memory_limit_bytes,
+        )
+
+    def budget_bytes(self) -> int:
+        """What this process has reserved plus what the driver has free, at most the user's limits. In bytes.
+
+        Other processes and this one's context are not free, so they are left out. Kernels and libraries that the
+        first steps load make it smaller: ask again after them for the exact figure.
+        """
+        free_bytes, total_bytes = torch.cuda.mem_get_info(self._index)
+        available_bytes = torch.cuda.memory_reserved(self._index) + free_bytes
+        return min(available_bytes, self._allowed_bytes(total_bytes))
+
+    def held_bytes(self) -> int:
+        return torch.cuda.memory_allocated(self._index)
+
+    @contextmanager
+    def restrict(self, limit_bytes: int | None) -> Iterator[bool]:
+        total_bytes = torch.cuda.mem_get_info(self._index)[1]
+        allowed_bytes = self._allowed_bytes(total_bytes)
+        wanted_bytes = allowed_bytes if limit_bytes is None else min(limit_bytes, allowed_bytes)
+        fraction = torch.cuda.get_per_process_memory_fraction(self._index)
+        # The cap only refuses to reserve more; what is cached above it would still be handed out.
+        if torch.cuda.memory_reserved(self._index) > wanted_bytes:
+            torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(_fraction_of(wanted_bytes, total_bytes), self._index)
+        try:
+            yield True
+        finally:
+            # By way of bytes: the fraction that torch reports back may lose one in the product.
+            before = _fraction_of(round(fraction * total_bytes), total_bytes)
+            torch.cuda.set_per_process_memory_fraction(before, self._index)
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self._index)
+
+    def release(self) -> None:
+        torch.cuda.empty_cache()
+
+    def reset_peaks(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self._index)
+
+    def retries(self) -> int | None:
+        # Not every allocator backend counts them.
+        retries: int | None = torch.cuda.memory_stats(self._index).get("num_alloc_retries")
+        return retries
+
+    def measure(self) -> Measurement:
+        free_bytes, total_bytes = torch.cuda.mem_get_info(self._index)
+        return Measurement(
+            peak_allocated_bytes=torch.cuda.max_memory_allocated(self._index),
+            peak_reserved_bytes=torch.cuda.max_memory_reserved(self._index),
+            device_used_bytes=total_bytes - free_bytes,
+        )
+
+    def _allowed_bytes(self, total_bytes: int) -> int:
+        """The least of the user's own fraction and the limit given to this object."""
+        fraction = torch.cuda.get_per_process_memory_fraction(self._index)
+        allowed_bytes = round(fraction * total_bytes)
+        return allowed_bytes if self._memory_limit_bytes is None else min(allowed_bytes, self._memory_limit_bytes)
+
+
+def _fraction_of(limit_bytes: int, total_bytes: int) -> float:
+    """The fraction from which the allocator computes ``limit_bytes`` again: ``int(fraction * total)``."""
+    fraction = min(1.0, limit_bytes / total_bytes)
+    # The quotient may have been rounded down, and the product's fraction of a byte is cut off.
+    return math.nextafter(fraction, 1.0) if int(fraction * total_bytes) < min(limit_bytes, total_bytes) else fraction

@@ -1,0 +1,193 @@
+"""Host memory under a limit on private data, where torch's CPU allocator fails as a GPU's does.
+
+Linux's ``RLIMIT_DATA`` (private writable mappings, kernel 4.7 and newer) makes an allocation fail cleanly where
+otherwise the machine would swap, or the out-of-memory killer would choose a process.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import mmap
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import psutil
+
+from autobatch.device import process
+from autobatch.device.base import DeviceInfo, Isolation
+from autobatch.errors import DeviceError
+from autobatch.result import Measurement
+from autobatch.units import KIB, format_bytes
+
+SHARE_OF_AVAILABLE = 0.8
+"""The default budget is this share of what is available: others on the machine grow too."""
+
+CHILD_ENVIRONMENT = {
+    # A fixed threshold (glibc's own grows with use, up to 32 MiB) keeps tensors out of the heap, so that each goes
+    # back to the system when it is freed; one arena, because every further one keeps free memory of its own.
+    "MALLOC_MMAP_THRESHOLD_": str(256 * KIB),
+    "MALLOC_TRIM_THRESHOLD_": str(256 * KIB),
+    "MALLOC_ARENA_MAX": "1",
+}
+"""Settings of glibc's malloc (mallopt(3)) for a child process: they must be there before it starts."""
+
+
+class _Baseline(NamedTuple):
+    """What an idle process with its imports done has: this one, less its free heap and its live tensors."""
+
+    data_bytes: int
+    resident_bytes: int
+
+
+class HostDevice:
+    """The memory of this machine, counted as what the workload may add to an idle process with its imports done.
+
+    That idle process is this one, less its free heap and its live tensors, taken at the first question about memory.
+    A limit of b bytes lets private data, touched or not, grow b bytes above it. A model that exists already counts.
+
+    Peaks are resident memory above the idle process's. They miss what was reserved and never touched, so they serve
+    for the slope of a fit and are never held against the limit (:attr:`comparable_peaks`).
+
+    Args:
+        memory_limit_bytes: what the workload may add; None for :data:`SHARE_OF_AVAILABLE` of what is available.
+    """
+
+    torch_device = "cpu"
+    comparable_peaks = False
+
+    def __init__(self, *, memory_limit_bytes: int | None = None) -> None:
+        self._memory_limit_bytes = memory_limit_bytes
+        self._old_peak_bytes = 0
+
+    def info(self) -> DeviceInfo:
+        memory = psutil.virtual_memory()
+        return DeviceInfo(
+            name="host memory",
+            kind="cpu",
+            total_bytes=memory.total,
+            free_bytes=memory.available,
+            details={"budget": self._budget_in_words()},
+        )
+
+    def isolation(self) -> Isolation:
+        return Isolation(
+            required=False,
+            reason="a fresh process has a heap without a past",
+            device=self.torch_device,
+            environment=CHILD_ENVIRONMENT if sys.platform == "linux" else {},
+            memory_limit_bytes=self.budget_bytes(),
+        )
+
+    def budget_bytes(self) -> int:
+        """What the workload may add to an idle process, what it holds already included. In bytes."""
+        return self._default_budget_bytes if self._memory_limit_bytes is None else self._memory_limit_bytes
+
+    def held_bytes(self) -> int:
+        """Bytes of the CPU tensors that Python can reach."""
+        return process.tensor_bytes()
+
+    @contextmanager
+    def restrict(self, limit_bytes: int | None) -> Iterator[bool]:
+        """Lowers the soft limit of the whole process, as in :meth:`autobatch.device.base.Device.restrict`.
+
+        Raises:
+            DeviceError: where the platform has no such limit, or does not keep it.
+        """
+        limits = [b for b in (limit_bytes, self._memory_limit_bytes) if b is not None]
+        if not limits:
+            yield True
+            return
+        resource = _resource_module()
+        soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        allowed = [b for b in (soft, hard) if b != resource.RLIM_INFINITY]
+        data_bytes = min([self._baseline.data_bytes + min(limits), *allowed])
+        self.release()
+        resource.setrlimit(resource.RLIMIT_DATA, (data_bytes, hard))
+        try:
+            _check_limit(data_bytes)
+            yield True
+        finally:
+            resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+    def synchronize(self) -> None:
+        """Nothing to wait for: CPU operators have finished when they return."""
+
+    def release(self) -> None:
+        process.trim_heap()
+
+    def reset_peaks(self) -> None:
+        self._old_peak_bytes = self._baseline.resident_bytes
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM to what is resident now
+        except OSError:
+            # The mark stays where it is, so that only a peak above it will be known.
+            self._old_peak_bytes = process.status_bytes().get("VmHWM", 0)
+
+    def retries(self) -> None:
+        """Unknown: malloc does not count."""
+
+    def measure(self) -> Measurement:
+        memory = psutil.virtual_memory()
+        peak_bytes = process.status_bytes().get("VmHWM", 0)
+        known = peak_bytes > self._old_peak_bytes
+        return Measurement(
+            peak_allocated_bytes=peak_bytes - self._baseline.resident_bytes if known else None,
+            peak_reserved_bytes=None,
+            device_used_bytes=memory.total - memory.available,
+        )
+
+    @functools.cached_property
+    def _baseline(self) -> _Baseline:
+        importlib.import_module("torch")  # the workload's imports are not the workload
+        process.trim_heap()
+        status, tensors = process.status_bytes(), process.tensor_bytes()
+        return _Baseline(
+            max(0, status.get("VmData", 0) - process.free_heap_bytes() - tensors),
+            max(0, status.get("VmRSS", 0) - tensors),
+        )
+
+    @functools.cached_property
+    def _default_budget_bytes(self) -> int:
+        # Asked once: what the workload takes must not shrink its own budget.
+        sources = (psutil.virtual_memory().available, process.container_available_bytes())
+        return int(SHARE_OF_AVAILABLE * min(b for b in sources if b is not None)) + process.tensor_bytes()
+
+    def _budget_in_words(self) -> str:
+        if self._memory_limit_bytes is not None:
+            return f"{format_bytes(self._memory_limit_bytes)}, the limit given"
+        return f"{format_bytes(self._default_budget_bytes)}, {SHARE_OF_AVAILABLE:.0%} of what is available"
+
+
+def _resource_module() -> ModuleType:
+    """Python's ``resource``, where it has the limit and ``/proc`` tells how far from it a process is."""
+    try:
+        resource = importlib.import_module("resource")
+    except ImportError:
+        resource = None
+    if resource is None or sys.platform != "linux" or "VmData" not in process.status_bytes():
+        raise DeviceError(
+            f"host memory cannot be limited on this platform ({sys.platform}): that takes Linux, with /proc. "
+            "Possible here: a GPU or another accelerator, or the same command in a Linux container or WSL 2"
+        )
+    return resource
+
+
+def _check_limit(data_bytes: int) -> None:
+    """Tries to exceed the limit without touching a page: some sandboxes accept a limit and do not keep it."""
+    no_reserve = (
+        0x4000  # MAP_NORESERVE, which `mmap` does not name before Python 3.13: overcommit must not refuse first
+    )
+    try:
+        mapping = mmap.mmap(-1, data_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
+    except OSError:
+        return
+    mapping.close()
+    raise DeviceError(
+        "this system accepts a limit on private data (RLIMIT_DATA) and does not keep it, as some sandboxes do. "
+        "Possible here: a GPU or another accelerator"
+    )

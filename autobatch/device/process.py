@@ -1,0 +1,96 @@
+"""What the present process holds of the host's memory, as Linux, glibc and torch tell it. No torch is imported here."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import sys
+from pathlib import Path
+
+
+def status_bytes() -> dict[str, int]:
+    """The sizes in ``/proc/self/status`` (``VmData``, ``VmRSS``, ``VmHWM``, ...) in bytes; empty without ``/proc``."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return {}
+    fields = (line.split() for line in lines if line.endswith(" kB"))
+    return {name.rstrip(":"): int(size_kib) * 1024 for name, size_kib, _ in fields}
+
+
+def tensor_bytes() -> int:
+    """Bytes of the CPU storages behind the tensors that Python can reach, each storage once."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return 0
+    sizes: dict[int, int] = {}
+    for thing in gc.get_objects():
+        # By type: isinstance would ask the object, and a lazy proxy would go and import something.
+        if issubclass(type(thing), torch.Tensor):
+            # Subclasses that only wrap other tensors have no storage; what they wrap is found by itself.
+            with contextlib.suppress(NotImplementedError, RuntimeError):
+                storage = thing.untyped_storage()
+                if storage.device.type == "cpu" and not storage.is_shared():
+                    sizes[storage._cdata] = storage.nbytes()
+    return sum(sizes.values())
+
+
+class _MallInfo2(ctypes.Structure):
+    """glibc's ``struct mallinfo2`` (mallinfo(3)): ten counters, of which one is read."""
+
+    _fields_ = [
+        *((name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks")),
+        *((name, ctypes.c_size_t) for name in ("uordblks", "fordblks", "keepcost")),
+    ]
+
+
+def free_heap_bytes() -> int:
+    """Bytes of the heap that malloc would hand out without asking the system; 0 where the C library does not tell."""
+    try:
+        mallinfo2 = ctypes.CDLL(None).mallinfo2  # glibc 2.33
+    except (AttributeError, OSError, TypeError):  # another C library; TypeError: Windows has no name for "this program"
+        return 0
+    mallinfo2.restype = _MallInfo2
+    return int(mallinfo2().fordblks)
+
+
+def trim_heap() -> None:
+    """Gives the heap's free pages back to the system, where the C library can (glibc)."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def container_available_bytes(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """What the control group of this process (a container's limit) leaves, in bytes; None if there is no limit.
+
+    Page cache that the kernel can drop counts as available, as it does in ``MemAvailable``.
+    """
+    left_bytes = [left for group in _groups(root) if (left := _left_in(group)) is not None]
+    return min(left_bytes, default=None)
+
+
+def _groups(root: Path) -> list[Path]:
+    """The folders whose limits hold for this process: its own control group and those around it."""
+    groups = [root, root / "memory"]
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers in ("", "memory"):
+                base = root / controllers
+                own = base / path.lstrip("/")
+                groups += [own, *(parent for parent in own.parents if parent.is_relative_to(base))]
+    return groups
+
+
+def _left_in(group: Path) -> int | None:
+    for limit, used, cache in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        # "max" is no number, and version 1 writes a limit larger than any machine instead.
+        with contextlib.suppress(OSError, ValueError):
+            left_bytes = int((group / limit).read_text()) - int((group / used).read_text())
+            counters = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            return max(0, left_bytes) + int(counters.get(cache, 0))
+    return None
