@@ -22,6 +22,8 @@ _VENDOR = re.compile(r"^(nvidia|geforce|tesla)+")
 _CAPABILITY = re.compile(r"(\d{1,2})\.(\d)")
 _GRANULE_BYTES = 64 * 1024  # the totals that are known to the byte are all multiples of it
 
+_ESTIMATE = "estimated: 36 MiB + 3.84 MiB a multiprocessor + 80 MiB, the residual of that fit"
+
 ALLOWED = "a name of the catalog such as 'a100-40gb', or 'memory=24GiB,capability=8.6[,sms=82][,outside=0][,name=mine]'"
 
 
@@ -76,9 +78,10 @@ def find_card(name: str) -> Card:
     if "=" in name:
         return _described(name)
     wanted = _key(name)
-    for card in cards():
-        if wanted in (_key(card.name), _key(card.title)):
-            return card
+    named = [card for card in cards() if _key(card.name) == wanted]
+    titled = [card for card in cards() if _key(card.title) == wanted]
+    if len(found := named or titled) == 1:
+        return found[0]
     near = ", ".join(_nearest(wanted))
     raise DeviceNotFoundError(f"no virtual GPU is called {name!r}. The nearest that exist: {near}. Or {_own(name)}")
 
@@ -111,8 +114,7 @@ def _card(row: dict[str, str]) -> Card:
         multiprocessors=multiprocessors,
         sources={
             "total_bytes": row["total_source"],
-            "outside_bytes": row["outside_source"]
-            or "36 MiB + 3.84 MiB a multiprocessor, and the fit's residual of 80",
+            "outside_bytes": row["outside_source"] or _ESTIMATE,
             "capability": "NVIDIA's list of CUDA GPUs",
             "multiprocessors": "NVIDIA's data sheet",
         },
@@ -127,7 +129,7 @@ def _described(text: str) -> Card:
     multiprocessors = _multiprocessors(fields.get("sms"), total_bytes, capability)
     outside = fields.get("outside")
     if outside is None:
-        outside_bytes, source = estimate_outside_bytes(multiprocessors), "estimated from the multiprocessors"
+        outside_bytes, source = estimate_outside_bytes(multiprocessors), _ESTIMATE
     else:
         outside_bytes, source = 0 if outside == "0" else parse_bytes(outside, argument="outside"), "given"
     if outside_bytes >= total_bytes:

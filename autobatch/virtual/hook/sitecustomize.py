@@ -1,0 +1,61 @@
+"""Runs in every Python process under ``autobatch run``: at its end, writes down what its own torch used.
+
+The interpreter imports this module at start-up, because its folder comes first on ``PYTHONPATH``. It must cost nothing
+where torch is not used and must hide nothing: a ``sitecustomize`` that it stands in front of runs too.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib.machinery
+import importlib.util
+import json
+import os
+import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any  # importing it would cost more than the rest of this module
+
+
+def _write_usage() -> None:
+    torch = sys.modules.get("torch")
+    folder = os.environ.get("AUTOBATCH_RUN_REPORTS")
+    if not folder or torch is None or not torch.cuda.is_initialized():
+        return
+    usage = {"pid": os.getpid(), "command": list(sys.orig_argv), "cards": _cards(torch)}
+    path = os.path.join(folder, f"{os.getpid()}.json")
+    try:
+        with open(path + ".part", "w", encoding="utf-8") as file:
+            json.dump(usage, file)
+        os.replace(path + ".part", path)
+    except OSError as error:
+        print(f"autobatch: this process's use of the GPU could not be written: {error}", file=sys.stderr)
+
+
+def _cards(torch: Any) -> dict[str, Any]:
+    cards: dict[str, Any] = {}
+    for index in range(torch.cuda.device_count()):
+        stats = torch.cuda.memory_stats(index)
+        cards[str(torch.cuda.get_device_properties(index).uuid)] = {
+            "peak_allocated_bytes": stats.get("allocated_bytes.all.peak"),
+            "peak_reserved_bytes": stats.get("reserved_bytes.all.peak"),
+            "retries": stats.get("num_alloc_retries"),
+            "out_of_memory": stats.get("num_ooms"),
+        }
+    return cards
+
+
+def _run_hidden() -> None:
+    here = os.path.dirname(os.path.abspath(__file__))
+    others = [folder for folder in sys.path if os.path.abspath(folder) != here]
+    spec = importlib.machinery.PathFinder.find_spec("sitecustomize", others)
+    if spec is None or spec.loader is None:
+        return
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["sitecustomize"] = module
+    spec.loader.exec_module(module)
+
+
+atexit.register(_write_usage)
+_run_hidden()
