@@ -72,7 +72,7 @@ class FakeDevice:
         if self._shrinkable and limit_bytes is not None:
             self._limit_bytes = min(before_bytes, limit_bytes)
         try:
-            yield self._shrinkable
+            yield self._shrinkable or limit_bytes is None
         finally:
             self._limit_bytes = before_bytes
 

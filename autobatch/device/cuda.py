@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 from autobatch.device.base import DeviceInfo, Isolation
+from autobatch.device.fraction import reserve_at_most
 from autobatch.errors import DeviceNotFoundError
 from autobatch.result import Measurement
 
@@ -81,17 +81,16 @@ class CudaDevice:
         total_bytes = torch.cuda.mem_get_info(self._index)[1]
         allowed_bytes = self._allowed_bytes(total_bytes)
         wanted_bytes = allowed_bytes if limit_bytes is None else min(limit_bytes, allowed_bytes)
-        fraction = torch.cuda.get_per_process_memory_fraction(self._index)
         # The cap only refuses to reserve more; what is cached above it would still be handed out.
         if torch.cuda.memory_reserved(self._index) > wanted_bytes:
             torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction(_fraction_of(wanted_bytes, total_bytes), self._index)
-        try:
+        with reserve_at_most(
+            wanted_bytes,
+            total_bytes,
+            before=torch.cuda.get_per_process_memory_fraction(self._index),
+            set_fraction=lambda fraction: torch.cuda.set_per_process_memory_fraction(fraction, self._index),
+        ):
             yield True
-        finally:
-            # By way of bytes: the fraction that torch reports back may lose one in the product.
-            before = _fraction_of(round(fraction * total_bytes), total_bytes)
-            torch.cuda.set_per_process_memory_fraction(before, self._index)
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self._index)
@@ -120,10 +119,3 @@ class CudaDevice:
         fraction = torch.cuda.get_per_process_memory_fraction(self._index)
         allowed_bytes = round(fraction * total_bytes)
         return allowed_bytes if self._memory_limit_bytes is None else min(allowed_bytes, self._memory_limit_bytes)
-
-
-def _fraction_of(limit_bytes: int, total_bytes: int) -> float:
-    """The fraction from which the allocator computes ``limit_bytes`` again: ``int(fraction * total)``."""
-    fraction = min(1.0, limit_bytes / total_bytes)
-    # The quotient may have been rounded down, and the product's fraction of a byte is cut off.
-    return math.nextafter(fraction, 1.0) if int(fraction * total_bytes) < min(limit_bytes, total_bytes) else fraction
