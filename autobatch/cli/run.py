@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import click
 
 from autobatch.virtual.catalog import Card, find_card
@@ -24,18 +26,19 @@ def run(ctx: click.Context, gpus: tuple[str, ...], count: int, any_capability: b
 
     The command's exit code is passed on. At its end, what each process used is printed on standard error.
 
+    \b
         autobatch run --gpu a100-40gb -- python train.py --batch-size 64
     """
     cards = _cards(gpus, count, any_capability=any_capability)
+    if shutil.which(command[0]) is None:
+        _say(f"command not found: {command[0]}")
+        ctx.exit(_NOT_FOUND)
     _say(
         f"virtual {', '.join(card.title for card in cards)}: every value computed there is zero, and times mean nothing"
     )
     _say("The command writes its files, checkpoints and logs where it always does")
     try:
         report = run_command(command, cards)
-    except FileNotFoundError:
-        _say(f"command not found: {command[0]}")
-        ctx.exit(_NOT_FOUND)
     except OSError as exc:
         _say(f"{command[0]} cannot be run: {exc.strerror}")
         ctx.exit(_NOT_EXECUTABLE)

@@ -19,6 +19,7 @@ from autobatch.units import MIB, parse_bytes
 
 _FIGURES = Path(__file__).with_name("cards.csv")
 _VENDOR = re.compile(r"^(nvidia|geforce|tesla)+")
+_TITLE = re.compile(r"[A-Za-z0-9 ._-]{1,64}")
 _CAPABILITY = re.compile(r"(\d{1,2})\.(\d)")
 _GRANULE_BYTES = 64 * 1024  # the totals that are known to the byte are all multiples of it
 
@@ -135,6 +136,8 @@ def _described(text: str) -> Card:
     if outside_bytes >= total_bytes:
         raise InvalidArgumentError("outside", outside or outside_bytes, f"less than the memory, {total_bytes} bytes")
     name = fields.get("name", "virtual")
+    if not _TITLE.fullmatch(name):
+        raise InvalidArgumentError("name", name, "up to 64 letters, digits, blanks, dots and dashes")
     return Card(
         name=name,
         title=name if "name" in fields else f"Virtual GPU {fields['memory']}",

@@ -103,6 +103,7 @@ def test_a_card_of_ones_own():
         ("memory=24GiB,capability=8.6,sms=many", "sms"),
         ("memory=24GiB,capability=8.6,outside=x", "outside"),
         ("memory=1GiB,capability=8.6,outside=1GiB", "outside"),
+        ("memory=24GiB,capability=8.6,name=a\nb", "name"),
         ("memory=100MiB,capability=8.6", "outside"),
     ],
 )

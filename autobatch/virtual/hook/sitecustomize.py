@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 def _write_usage() -> None:
-    torch = sys.modules.get("torch")
+    cuda = sys.modules.get("torch.cuda")
     folder = os.environ.get("AUTOBATCH_RUN_REPORTS")
-    if not folder or torch is None or not torch.cuda.is_initialized():
+    if not folder or cuda is None or not cuda.is_initialized():
         return
-    usage = {"pid": os.getpid(), "command": list(sys.orig_argv), "cards": _cards(torch)}
+    usage = {"pid": os.getpid(), "command": list(sys.orig_argv), "cards": _cards(cuda)}
     path = os.path.join(folder, f"{os.getpid()}.json")
     try:
         with open(path + ".part", "w", encoding="utf-8") as file:
@@ -33,11 +33,11 @@ def _write_usage() -> None:
         print(f"autobatch: this process's use of the GPU could not be written: {error}", file=sys.stderr)
 
 
-def _cards(torch: Any) -> dict[str, Any]:
+def _cards(cuda: Any) -> dict[str, Any]:
     cards: dict[str, Any] = {}
-    for index in range(torch.cuda.device_count()):
-        stats = torch.cuda.memory_stats(index)
-        cards[str(torch.cuda.get_device_properties(index).uuid)] = {
+    for index in range(cuda.device_count()):
+        stats = cuda.memory_stats(index)
+        cards[str(cuda.get_device_properties(index).uuid)] = {
             "peak_allocated_bytes": stats.get("allocated_bytes.all.peak"),
             "peak_reserved_bytes": stats.get("reserved_bytes.all.peak"),
             "retries": stats.get("num_alloc_retries"),

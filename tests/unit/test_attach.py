@@ -1,0 +1,201 @@
+"""The environment of a child and the refusals; what attaching does is in ``tests/gpu/test_virtual_attach.py``."""
+
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from autobatch.errors import DeviceError, DeviceNotFoundError, InvalidArgumentError
+from autobatch.virtual import attach, host
+from autobatch.virtual.catalog import find_card
+from autobatch.virtual.device import VirtualGPU
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    """A driver that is not built: only its paths matter here."""
+
+    def at(folder):
+        monkeypatch.setattr(attach, "driver_folder", lambda: Path(folder))
+        monkeypatch.setattr(attach, "preload_libraries", lambda folder: [folder / "liba.so", folder / "libb.so"])
+
+    at("/cache/driver")
+    return at
+
+
+def test_environment_of_a_child(driver):
+    variables = attach.environment(Path("/run/state"), base={})
+    assert variables == {
+        "AUTOBATCH_VIRTUAL_STATE": "/run/state",
+        "LD_PRELOAD": "/cache/driver/liba.so:/cache/driver/libb.so",
+        "LD_LIBRARY_PATH": "/cache/driver",
+        "TRITON_LIBCUDA_PATH": "/cache/driver",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+    }
+
+
+def test_what_was_there_stays_behind_ours(driver):
+    base = {"LD_PRELOAD": "/usr/lib/libjemalloc.so", "LD_LIBRARY_PATH": "/opt/lib:", "TORCH_CPP_LOG_LEVEL": "INFO"}
+    variables = attach.environment(Path("/run/state"), base=base)
+    assert variables["LD_PRELOAD"] == "/cache/driver/liba.so:/cache/driver/libb.so:/usr/lib/libjemalloc.so"
+    assert variables["LD_LIBRARY_PATH"] == "/cache/driver:/opt/lib:"
+    assert variables["TORCH_CPP_LOG_LEVEL"] == "INFO"
+
+
+def test_nesting_changes_nothing_more(driver):
+    once = attach.environment(Path("/run/state"), base={"LD_PRELOAD": "/usr/lib/x.so"})
+    assert attach.environment(Path("/run/state"), base=once) == once
+
+
+def test_a_path_that_ld_preload_cannot_hold_is_refused(driver):
+    driver("/home/a b/cache")
+    with pytest.raises(DeviceError, match="LD_PRELOAD"):
+        attach.environment(Path("/run/state"), base={})
+
+
+def test_the_state_is_private_and_goes_with_its_maker(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    with attach.temporary_state([find_card("t4")]) as path:
+        assert path.exists()
+        assert path.parent.parent == tmp_path
+        assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_late_once_torch_is_imported(monkeypatch):
+    monkeypatch.setattr(attach, "present_state", lambda: None)
+    gpu = VirtualGPU("t4")
+    monkeypatch.setitem(sys.modules, "torch", object())
+    with pytest.raises(DeviceError, match=r"torch is imported already.*autobatch run"):
+        gpu.attach()
+
+
+def test_too_late_once_a_real_driver_is_loaded(monkeypatch):
+    monkeypatch.setattr(attach, "present_state", lambda: None)
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.setattr(attach, "_mapped_files", lambda: "7f00 r-xp 0 08:01 12 /usr/lib/libcuda.so.1\n")
+    with pytest.raises(DeviceError, match=r"libcuda\.so\.1 is loaded"):
+        VirtualGPU("t4").attach()
+
+
+def test_a_second_virtual_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr(attach, "present_state", lambda: Path("/run/state"))
+    with pytest.raises(DeviceError, match="already"):
+        VirtualGPU("t4").attach()
+
+
+def test_other_platforms_are_told_where_it_works(monkeypatch):
+    monkeypatch.setattr(host.sys, "platform", "darwin")
+    with pytest.raises(DeviceNotFoundError, match="container"):
+        VirtualGPU("t4")
+
+
+@pytest.fixture
+def torch_without_cuda(monkeypatch, tmp_path):
+    package = tmp_path / "torch"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "version.py").write_text("__version__ = '2.14.1+cpu'\ncuda: Optional[str] = None\nhip = None\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    host.torch_build.cache_clear()
+    yield
+    host.torch_build.cache_clear()
+
+
+def test_a_cpu_only_torch_says_what_to_install(torch_without_cuda):
+    with pytest.raises(DeviceNotFoundError, match=r"2\.14\.1\+cpu.*without CUDA.*pip install"):
+        VirtualGPU("t4")
+
+
+def test_the_build_of_the_installed_torch():
+    import torch
+
+    host.torch_build.cache_clear()
+    assert (host.torch_build().version, host.torch_build().cuda) == (torch.__version__, torch.version.cuda)
+
+
+def test_a_card_without_kernels_is_refused_with_the_reason():
+    with pytest.raises(DeviceNotFoundError, match=r"7\.0.*no kernels below 7\.5.*any_capability"):
+        VirtualGPU("v100-16gb")
+    with pytest.raises(DeviceNotFoundError, match=r"no kernels"):
+        VirtualGPU("memory=8GiB,capability=6.1")
+    assert VirtualGPU("v100-16gb", any_capability=True).card.capability == (7, 0)
+
+
+@pytest.mark.parametrize("count", [0, -1, 1.5, True, "2", 17])
+def test_a_wrong_count_is_refused(count):
+    with pytest.raises(InvalidArgumentError, match="count"):
+        VirtualGPU("t4", count=count)
+
+
+def test_shared_cards_must_be_the_same():
+    with pytest.raises(InvalidArgumentError, match="shared_with"):
+        VirtualGPU("t4", shared_with=VirtualGPU("l4"))
+    first = VirtualGPU("l4")
+    assert VirtualGPU("L4", shared_with=first).state_path == first.state_path
+
+
+def test_the_state_file_goes_with_its_virtual_gpu():
+    gpu = VirtualGPU("l4")
+    folder = gpu.state_path.parent
+    assert folder.exists()
+    del gpu
+    assert not folder.exists()
+
+
+def test_a_forked_child_does_not_take_the_state_away():
+    gpu = VirtualGPU("l4")
+    folder = gpu.state_path.parent
+    code = (
+        "import os, sys; from autobatch.virtual.device import VirtualGPU; gpu = VirtualGPU('l4'); "
+        "print(gpu.state_path, flush=True)\n"
+        "if os.fork() == 0: sys.exit(0)\n"
+        "os.wait(); print(gpu.state_path.exists())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    path, still_there = done.stdout.split()
+    assert still_there == "True"
+    assert not os.path.exists(path)
+    assert folder.exists()
+
+
+def test_who_it_is_before_anything_ran():
+    info = VirtualGPU("a100-40gb").info()
+    assert (info.name, info.kind, info.virtual, info.capability) == ("NVIDIA A100-SXM4-40GB", "cuda", True, "8.0")
+    assert info.free_bytes == info.total_bytes == find_card("a100-40gb").total_bytes
+    assert info.others == ()
+
+
+def test_the_measuring_half_needs_the_card_in_this_process():
+    gpu = VirtualGPU("t4")
+    for ask in (
+        gpu.budget_bytes,
+        gpu.held_bytes,
+        gpu.synchronize,
+        gpu.release,
+        gpu.reset_peaks,
+        gpu.retries,
+        gpu.measure,
+    ):
+        with pytest.raises(DeviceError, match="not in this process"):
+            ask()
+    with pytest.raises(DeviceError, match="not in this process"):
+        gpu.restrict(None)
+
+
+def test_trials_need_a_child_with_the_drivers_environment(driver):
+    isolation = VirtualGPU("t4", memory_limit_bytes=123).isolation()
+    assert isolation.required
+    assert isolation.device == "cuda:0"
+    assert isolation.memory_limit_bytes == 123
+    assert isolation.environment["LD_PRELOAD"].startswith("/cache/driver/liba.so:/cache/driver/libb.so")
+    assert Path(isolation.environment["AUTOBATCH_VIRTUAL_STATE"]).parent.name.startswith("autobatch-gpu-")
+
+
+def test_neither_attach_nor_the_device_imports_torch():
+    code = "import sys, autobatch.virtual.device, autobatch.virtual.launch; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

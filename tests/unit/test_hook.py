@@ -1,0 +1,106 @@
+"""The start-up hook of ``autobatch run``, with a stand-in for torch."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from autobatch.virtual import hook
+
+HOOK = Path(hook.__file__).parent
+CUDA = """
+class Properties: uuid = "11111111-2222-3333-4444-555555555555"
+def is_initialized(): return {initialized}
+def device_count(): return 1
+def get_device_properties(index): return Properties
+def memory_stats(index):
+    return {{"allocated_bytes.all.peak": 10, "reserved_bytes.all.peak": 20, "num_alloc_retries": 3, "num_ooms": 4}}
+"""
+
+
+@pytest.fixture
+def python(tmp_path):
+    """Runs a program under the hook; gives what it printed and what was reported."""
+    reports = tmp_path / "reports"
+    reports.mkdir()
+
+    def run(code, *, initialized=True, options=(), variables=()):
+        package = tmp_path / "modules" / "torch"
+        package.mkdir(parents=True, exist_ok=True)
+        (package / "__init__.py").touch()
+        (package / "cuda.py").write_text(CUDA.format(initialized=initialized))
+        path = os.pathsep.join([str(HOOK), str(package.parent)])
+        environment = os.environ | {"PYTHONPATH": path, "AUTOBATCH_RUN_REPORTS": str(reports)} | dict(variables)
+        command = [sys.executable, *options, "-c", code]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        return done, [json.loads(file.read_text()) for file in reports.iterdir()]
+
+    run.modules = tmp_path / "modules"
+    return run
+
+
+def test_writes_what_the_process_used_at_its_end(python):
+    done, [report] = python("import os, torch.cuda; print(os.getpid())")
+    assert report["pid"] == int(done.stdout)
+    assert report["command"][0] == sys.executable
+    assert report["cards"] == {
+        "11111111-2222-3333-4444-555555555555": {
+            "peak_allocated_bytes": 10,
+            "peak_reserved_bytes": 20,
+            "retries": 3,
+            "out_of_memory": 4,
+        }
+    }
+
+
+def test_also_when_the_program_fails(python):
+    done, reports = python("import sys, torch.cuda; sys.exit(7)")
+    assert (done.returncode, len(reports)) == (7, 1)
+    done, _ = python("import torch.cuda; raise ValueError('its own')")
+    assert done.returncode == 1
+    assert "ValueError: its own" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("code", "initialized"),
+    [("pass", True), ("import torch.cuda", False), ("import os, torch.cuda; os._exit(0)", True)],
+)
+def test_writes_nothing_where_there_is_nothing_to_tell(python, code, initialized):
+    done, reports = python(code, initialized=initialized)
+    assert (done.returncode, done.stdout, done.stderr, reports) == (0, "", "", [])
+
+
+def test_isolated_interpreters_run_without_it(python):
+    done, reports = python("print(1)", options=["-I"])
+    assert (done.stdout, done.stderr, reports) == ("1\n", "", [])
+
+
+def test_runs_the_sitecustomize_that_it_hides(python):
+    python.modules.mkdir()
+    (python.modules / "sitecustomize.py").write_text("import builtins; builtins.hidden = __file__")
+    done, reports = python("import torch.cuda, sitecustomize; print(hidden, sitecustomize.__file__)")
+    assert done.stdout.split() == [str(python.modules / "sitecustomize.py")] * 2
+    assert len(reports) == 1
+
+
+def test_an_error_of_the_hidden_one_is_shown_as_ever(python):
+    python.modules.mkdir()
+    (python.modules / "sitecustomize.py").write_text("raise RuntimeError('theirs')")
+    done, reports = python("import torch.cuda")
+    assert "Error in sitecustomize" in done.stderr
+    assert "theirs" in done.stderr
+    assert (done.returncode, len(reports)) == (0, 1)
+
+
+def test_costs_no_import_of_torch(python):
+    done, _ = python("import sys; print('torch' in sys.modules, 'sitecustomize' in sys.modules)")
+    assert done.stdout.split() == ["False", "True"]
+
+
+def test_an_unwritable_place_is_said_and_harms_nothing(python, tmp_path):
+    done, _ = python("import torch.cuda", variables={"AUTOBATCH_RUN_REPORTS": str(tmp_path / "gone")})
+    assert done.returncode == 0
+    assert "could not be written" in done.stderr
