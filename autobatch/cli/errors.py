@@ -1,0 +1,149 @@
+"""Every error of a command becomes one line on stderr and an exit code, here and nowhere else.
+
+==== =======================================================
+0    found
+1    does not fit: not even the smallest permitted batch
+2    bad usage: an option, a target or a name is wrong
+3    the device: not there, does not answer, or broken
+4    the workload failed by itself
+70   an error of autobatch's own, which is shown whole
+130  interrupted
+==== =======================================================
+"""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+import click
+
+from autobatch.errors import (
+    AutobatchError,
+    DeviceError,
+    DoesNotFitError,
+    InvalidArgumentError,
+    MissingDependencyError,
+    WorkloadFailedError,
+)
+
+FOUND, DOES_NOT_FIT, BAD_USAGE, DEVICE_ERROR, WORKLOAD_FAILED, INTERNAL_ERROR, INTERRUPTED = 0, 1, 2, 3, 4, 70, 130
+
+_SHOWN_LINES = 6
+_TRACEBACK_KEY = "autobatch.traceback"
+
+
+class Failure(click.ClickException):
+    """One clear line, the exit code that goes with it, and what may be shown before it."""
+
+    def __init__(self, message: str, exit_code: int, details: str = "") -> None:
+        super().__init__(message)
+        self.exit_code = exit_code  # type: ignore[misc]  # click reads it from the instance too
+        self.details = details
+
+    def show(self, file: Any = None) -> None:
+        if self.details:
+            click.echo(self.details.rstrip("\n"), err=True)
+        click.echo(f"Error: {self.message}", err=True)
+
+
+def traceback_option(command: Any) -> Any:
+    """The option ``--traceback``, for :func:`exit_codes` to find."""
+
+    def remember(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+        ctx.meta[_TRACEBACK_KEY] = value
+
+    return click.option(
+        "--traceback",
+        is_flag=True,
+        expose_value=False,
+        is_eager=True,
+        callback=remember,
+        help="Show the whole traceback of an error.",
+    )(command)
+
+
+@contextlib.contextmanager
+def exit_codes(ctx: click.Context) -> Iterator[None]:
+    """Inside, errors end the command with their line and exit code; ``--traceback`` adds the rest."""
+    try:
+        yield
+    except (click.exceptions.NoArgsIsHelpError, click.exceptions.Exit, Failure):
+        raise
+    except click.UsageError as exc:
+        where = f" See `{exc.ctx.command_path} --help`." if exc.ctx is not None else ""
+        raise Failure(f"{exc.format_message()}{where}", BAD_USAGE) from exc
+    except click.Abort as exc:
+        raise Failure("interrupted", INTERRUPTED) from exc
+    except KeyboardInterrupt as exc:
+        raise Failure("interrupted", INTERRUPTED, _details(ctx, exc)) from exc
+    except AutobatchError as exc:
+        raise Failure(_line(ctx, exc), _exit_code(exc), _details(ctx, exc)) from exc
+    except click.ClickException:
+        raise
+    except Exception as exc:
+        whole = "".join(traceback.format_exception(exc))
+        raise Failure("this is an error of autobatch itself; please report it", INTERNAL_ERROR, whole) from exc
+
+
+@contextlib.contextmanager
+def workload_errors(ctx: click.Context) -> Iterator[None]:
+    """Inside runs the user's code: an error that is not autobatch's own is the workload's, exit code 4."""
+    try:
+        yield
+    except (AutobatchError, click.ClickException, click.exceptions.Exit):
+        raise
+    except Exception as exc:
+        text = "".join(traceback.format_exception(exc))
+        raise Failure(_workload_line(exc), WORKLOAD_FAILED, _tail(ctx, text)) from exc
+
+
+def _workload_line(exc: Exception) -> str:
+    first = next(iter(str(exc).strip().splitlines()), "")
+    return f"the workload failed by itself: {type(exc).__name__}{': ' if first else ''}{first}"
+
+
+def _exit_code(exc: AutobatchError) -> int:
+    for kind, code in (
+        (DoesNotFitError, DOES_NOT_FIT),
+        (InvalidArgumentError, BAD_USAGE),
+        (MissingDependencyError, BAD_USAGE),
+        (DeviceError, DEVICE_ERROR),
+    ):
+        if isinstance(exc, kind):
+            return code
+    return WORKLOAD_FAILED
+
+
+def _line(ctx: click.Context, exc: AutobatchError) -> str:
+    if isinstance(exc, InvalidArgumentError) and (spelling := _spelling(ctx, exc.argument)):
+        return f"{spelling} {exc.value}: must be {exc.allowed}"
+    if isinstance(exc, WorkloadFailedError):
+        return f"the workload failed by itself: {exc}"
+    return str(exc)
+
+
+def _spelling(ctx: click.Context, argument: str) -> str | None:
+    """How the command line writes what the library calls ``argument``; None for what is no option of the command."""
+    if not isinstance(ctx.command, click.Group) or ctx.invoked_subcommand is None:
+        return None
+    command = ctx.command.get_command(ctx, ctx.invoked_subcommand)
+    for param in command.params if command is not None else ():
+        if param.name == argument:
+            return param.opts[0] if isinstance(param, click.Option) else argument.upper()
+    return None
+
+
+def _details(ctx: click.Context, exc: BaseException) -> str:
+    if isinstance(exc, WorkloadFailedError):
+        return _tail(ctx, exc.traceback_text)
+    return "".join(traceback.format_exception(exc)) if ctx.meta.get(_TRACEBACK_KEY) else ""
+
+
+def _tail(ctx: click.Context, text: str) -> str:
+    lines = text.strip().splitlines()
+    if ctx.meta.get(_TRACEBACK_KEY) or len(lines) <= _SHOWN_LINES:
+        return "\n".join(lines)
+    return "\n".join([*lines[-_SHOWN_LINES:], "(the last lines; --traceback shows all of them)"])
