@@ -32,7 +32,7 @@ class DeviceInfo:
     total_bytes: int | None = None
     free_bytes: int | None = None
     others: tuple[GpuProcess, ...] = ()
-    """Other processes on the same device."""
+    """Other processes on the same device; where the driver does not tell, ``details["others_unknown"]`` is True."""
     capability: str | None = None
     """Compute capability, such as ``8.0``."""
     driver: str | None = None

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
+from autobatch.device import nvml
 from autobatch.device.base import DeviceInfo, Isolation
 from autobatch.device.fraction import reserve_at_most
 from autobatch.errors import DeviceNotFoundError
@@ -45,11 +47,11 @@ class CudaDevice:
     def info(self) -> DeviceInfo:
         properties = torch.cuda.get_device_properties(self._index)
         free_bytes, total_bytes = torch.cuda.mem_get_info(self._index)
-        return DeviceInfo(
-            name=properties.name,
-            kind="rocm" if torch.version.hip else "cuda",
+        kind = "rocm" if torch.version.hip else "cuda"
+        seen = nvml.find_gpu(str(properties.uuid)) if kind == "cuda" else None
+        return replace(
+            seen or DeviceInfo(name=properties.name, kind=kind, uuid=str(properties.uuid)),
             index=self._index,
-            uuid=str(properties.uuid),
             total_bytes=total_bytes,
             free_bytes=free_bytes,
             capability=f"{properties.major}.{properties.minor}",
