@@ -101,6 +101,7 @@ class CudaDevice:
         torch.cuda.empty_cache()
 
     def reset_peaks(self) -> None:
+        torch.cuda.init()  # the allocator refuses before
         torch.cuda.reset_peak_memory_stats(self._index)
 
     def retries(self) -> int | None:

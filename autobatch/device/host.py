@@ -85,7 +85,11 @@ class HostDevice:
 
     def budget_bytes(self) -> int:
         """What the workload may add to an idle process, what it holds already included. In bytes."""
-        return self._default_budget_bytes if self._memory_limit_bytes is None else self._memory_limit_bytes
+        budget_bytes = self._default_budget_bytes if self._memory_limit_bytes is None else self._memory_limit_bytes
+        soft_bytes = _soft_limit_bytes()
+        if soft_bytes is None:
+            return budget_bytes
+        return max(0, min(budget_bytes, soft_bytes - self._baseline.data_bytes))
 
     def held_bytes(self) -> int:
         """Bytes of the CPU tensors that Python can reach."""
@@ -103,9 +107,10 @@ class HostDevice:
             yield True
             return
         resource = _resource_module()
+        data_bytes = self._baseline.data_bytes + min(limits)
         soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        allowed = [b for b in (soft, hard) if b != resource.RLIM_INFINITY]
-        data_bytes = min([self._baseline.data_bytes + min(limits), *allowed])
+        if soft != resource.RLIM_INFINITY:  # the user's own
+            data_bytes = min(data_bytes, soft)
         self.release()
         resource.setrlimit(resource.RLIMIT_DATA, (data_bytes, hard))
         try:
@@ -175,6 +180,16 @@ def _resource_module() -> ModuleType:
             "Possible here: a GPU or another accelerator, or the same command in a Linux container or WSL 2"
         )
     return resource
+
+
+def _soft_limit_bytes() -> int | None:
+    """The limit on private data that is in force; None where there is none."""
+    try:
+        resource = importlib.import_module("resource")
+    except ImportError:  # Windows
+        return None
+    soft: int = resource.getrlimit(resource.RLIMIT_DATA)[0]
+    return None if soft == resource.RLIM_INFINITY else soft
 
 
 def _check_limit(data_bytes: int) -> None:

@@ -164,9 +164,10 @@ def _processes(driver: Any, handle: Any) -> list[GpuProcess] | None:
 
 
 def _process_name(driver: Any, pid: int) -> str | None:
+    name: str | None
     try:
-        return psutil.Process(pid).name()
+        name = psutil.Process(pid).name()
     except psutil.Error:
         # Gone, or outside of this container: the driver may still know.
-        name: str | None = _ask(driver, "nvmlSystemGetProcessName", pid)
-        return name
+        name = _ask(driver, "nvmlSystemGetProcessName", pid)
+    return name
