@@ -73,8 +73,8 @@ def exit_codes(ctx: click.Context) -> Iterator[None]:
     except (click.exceptions.NoArgsIsHelpError, click.exceptions.Exit, Failure):
         raise
     except click.UsageError as exc:
-        where = f" See `{exc.ctx.command_path} --help`." if exc.ctx is not None else ""
-        raise Failure(f"{exc.format_message()}{where}", BAD_USAGE) from exc
+        where = f". See `{exc.ctx.command_path} --help`" if exc.ctx is not None else ""
+        raise Failure(f"{exc.format_message().rstrip('.')}{where}", BAD_USAGE) from exc
     except click.Abort as exc:
         raise Failure("interrupted", INTERRUPTED) from exc
     except KeyboardInterrupt as exc:

@@ -41,6 +41,9 @@ class Target(Protocol):
     def title(self) -> str:
         """What is probed, for a person."""
 
+    def import_modules(self) -> None:
+        """Imports what building needs, so that forks of this process need not. Touches no device."""
+
     def __call__(self, device: str) -> Workload: ...
 
 

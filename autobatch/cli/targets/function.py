@@ -39,6 +39,9 @@ class FunctionTarget:
     def title(self) -> str:
         return self.text
 
+    def import_modules(self) -> None:
+        _import(self.module, self.folder)
+
     def __call__(self, device: str) -> Workload:
         from autobatch.probe.workload import Workload
 

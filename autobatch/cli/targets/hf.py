@@ -16,17 +16,18 @@ if TYPE_CHECKING:
 
     from autobatch.probe.workload import Workload
 
-# The task of an architecture that knows several is the first of these that it knows.
-_AUTO_CLASSES: Mapping[str, str] = {
-    "seq2seq-lm": "AutoModelForSeq2SeqLM",
-    "masked-lm": "AutoModelForMaskedLM",
-    "causal-lm": "AutoModelForCausalLM",
-    "image-classification": "AutoModelForImageClassification",
-    "sequence-classification": "AutoModelForSequenceClassification",
-    "token-classification": "AutoModelForTokenClassification",
-    "question-answering": "AutoModelForQuestionAnswering",
+# The auto class of a task and the configurations it knows. The task of an architecture that knows several is the first
+# of these.
+_TASKS: Mapping[str, tuple[str, str]] = {
+    "seq2seq-lm": ("AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING"),
+    "masked-lm": ("AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING"),
+    "causal-lm": ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING"),
+    "image-classification": ("AutoModelForImageClassification", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING"),
+    "sequence-classification": ("AutoModelForSequenceClassification", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING"),
+    "token-classification": ("AutoModelForTokenClassification", "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING"),
+    "question-answering": ("AutoModelForQuestionAnswering", "MODEL_FOR_QUESTION_ANSWERING_MAPPING"),
 }
-TASKS = tuple(_AUTO_CLASSES)
+TASKS = tuple(_TASKS)
 
 _DEFAULT_SEQ_LEN = 1024
 _DEFAULT_IMAGE_SIZE = 224
@@ -44,26 +45,17 @@ class HFTarget:
     def title(self) -> str:
         return f"hf:{self.name}"
 
+    def import_modules(self) -> None:
+        self._resolve()
+
     def __call__(self, device: str) -> Workload:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: it never asks the hub
-        try:
-            import torch
-            import transformers
-        except ModuleNotFoundError as exc:
-            raise MissingDependencyError("hf: targets need transformers: pip install 'autobatch-torch[hf]'") from exc
-        transformers.logging.set_verbosity_error()
-        config = _config(self.name)
-        task = self.options.task or _default_task(self.name, config)
-        auto_class = _auto_class(task, self.name, config)
-        _prepare(config, task)
-        if task == "image-classification":
-            refuse(self.options, "seq_len", f"hf:{self.name}, which takes images")
-            _resize(config, self.options.image_size)
-        else:
-            refuse(self.options, "image_size", f"hf:{self.name}, which takes text")
+        import torch
+
+        config, task = self._resolve()
+        _prepare(config, task, self.options.image_size)
         with torch.device(device):
             # Weights in fp32, as mixed precision keeps them, whatever the configuration was saved with.
-            model = auto_class.from_config(config, dtype=torch.float32)
+            model = _auto_class(task).from_config(config, dtype=torch.float32)
         sample, shape = _sample(task, model, config, self.options, device)
         return trained(
             model,
@@ -72,6 +64,41 @@ class HFTarget:
             name=f"{config.model_type}, {task}, {shape}",
             max_grad_norm=_MAX_GRAD_NORM,
         )
+
+    def _resolve(self) -> tuple[Any, str]:
+        """The configuration and the task, their modules imported."""
+        os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: it never asks the hub
+        try:
+            import transformers
+        except ModuleNotFoundError as exc:
+            raise MissingDependencyError("hf: targets need transformers: pip install 'autobatch-torch[hf]'") from exc
+        transformers.logging.set_verbosity_error()
+        config = _config(self.name)
+        tasks = [task for task in TASKS if type(config) in _mapping(task)]
+        if not tasks:
+            allowed = f"hf: with an architecture for one of {', '.join(TASKS)}; write a function for others"
+            raise InvalidArgumentError("target", self.title, allowed)
+        task = self.options.task or tasks[0]
+        if task not in tasks:
+            raise InvalidArgumentError("task", task, f"one that {self.title} knows: {', '.join(tasks)}")
+        if task == "image-classification":
+            refuse(self.options, "seq_len", f"{self.title}, which takes images")
+        else:
+            refuse(self.options, "image_size", f"{self.title}, which takes text")
+        _mapping(task)[type(config)]  # imports the model's own module
+        return config, task
+
+
+def _auto_class(task: str) -> Any:
+    import transformers
+
+    return getattr(transformers, _TASKS[task][0])
+
+
+def _mapping(task: str) -> Any:
+    import transformers
+
+    return getattr(transformers, _TASKS[task][1])
 
 
 def _config(name: str) -> Any:
@@ -84,53 +111,25 @@ def _config(name: str) -> Any:
         except (OSError, ValueError) as exc:
             message = f"a transformers configuration ({_first_line(exc)})"
             raise InvalidArgumentError("target", f"hf:{name}", message) from exc
-    known = _known(CONFIG_MAPPING)
+    known = list(CONFIG_MAPPING.keys())
     if name not in known:
         message = f"hf: with a model type of transformers or a local path; nearest: {nearest(name, known)}"
         raise InvalidArgumentError("target", f"hf:{name}", message)
     return CONFIG_MAPPING[name]()
 
 
-def _known(mapping: Any) -> list[str]:
-    return list(mapping.keys())
-
-
 def _first_line(exc: Exception) -> str:
     return next(iter(str(exc).splitlines()), type(exc).__name__)
 
 
-def _default_task(name: str, config: Any) -> str:
-    tasks = _tasks(config)
-    if not tasks:
-        message = f"hf: with an architecture for one of {', '.join(TASKS)}; write a function for others"
-        raise InvalidArgumentError("target", f"hf:{name}", message)
-    return tasks[0]
-
-
-def _tasks(config: Any) -> list[str]:
-    import transformers
-
-    return [task for task, auto in _AUTO_CLASSES.items() if type(config) in getattr(transformers, auto)._model_mapping]
-
-
-def _auto_class(task: str, name: str, config: Any) -> Any:
-    import transformers
-
-    tasks = _tasks(config)
-    if task not in tasks:
-        raise InvalidArgumentError("task", task, f"one that hf:{name} knows: {', '.join(tasks) or 'none'}")
-    return getattr(transformers, _AUTO_CLASSES[task])
-
-
-def _prepare(config: Any, task: str) -> None:
+def _prepare(config: Any, task: str, image_size: int | None) -> None:
     """Fills in what a checkpoint's configuration would say about training."""
     if hasattr(config, "use_cache"):
         config.use_cache = False  # a cache of keys and values is for generating
     if task == "seq2seq-lm" and getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = getattr(config, "pad_token_id", None) or 0
-
-
-def _resize(config: Any, image_size: int | None) -> None:
+    if task == "sequence-classification" and getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = 0  # decoders look for the last token that is not padding
     if image_size is not None and hasattr(config, "image_size"):  # without it the model takes any size
         config.image_size = image_size
 

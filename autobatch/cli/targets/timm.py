@@ -25,17 +25,22 @@ class TimmTarget:
     def title(self) -> str:
         return f"timm:{self.name}"
 
-    def __call__(self, device: str) -> Workload:
+    def import_modules(self) -> None:
         try:
             import timm
-            import torch
-            from torch.nn.functional import cross_entropy
         except ModuleNotFoundError as exc:
             raise MissingDependencyError("timm: targets need timm: pip install 'autobatch-torch[vision]'") from exc
         architecture = self.name.partition(".")[0]
         if not timm.is_model(architecture):
             allowed = f"timm: with a model of timm; nearest: {nearest(architecture, timm.list_models())}"
             raise InvalidArgumentError("target", self.title, allowed)
+
+    def __call__(self, device: str) -> Workload:
+        self.import_modules()
+        import timm
+        import torch
+        from torch.nn.functional import cross_entropy
+
         with torch.device(device):
             model = timm.create_model(self.name, pretrained=False, **self._arguments())
         channels, height, width = self._input_size(model)

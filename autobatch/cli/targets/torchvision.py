@@ -32,18 +32,14 @@ class TorchvisionTarget:
     def title(self) -> str:
         return f"torchvision:{self.name}"
 
+    def import_modules(self) -> None:
+        self._segments()
+
     def __call__(self, device: str) -> Workload:
-        try:
-            import torch
-            from torchvision import models
-        except ModuleNotFoundError as exc:
-            message = "torchvision: targets need torchvision: pip install 'autobatch-torch[vision]'"
-            raise MissingDependencyError(message) from exc
-        segments = self.name in models.list_models(module=models.segmentation)
-        known = models.list_models(module=models) + models.list_models(module=models.segmentation)
-        if self.name not in known:
-            allowed = f"torchvision: with a classification or segmentation model; nearest: {nearest(self.name, known)}"
-            raise InvalidArgumentError("target", self.title, allowed)
+        segments = self._segments()
+        import torch
+        from torchvision import models
+
         default_size = _SEGMENTATION_IMAGE_SIZE if segments else _IMAGE_SIZES.get(self.name, _DEFAULT_IMAGE_SIZE)
         size = self.options.image_size or default_size
         with torch.device(device):
@@ -56,6 +52,20 @@ class TorchvisionTarget:
             return images, torch.randint(_CLASSES, (n,), device=device)
 
         return trained(model, sample, self.options, name=f"{self.name}, images 3x{size}x{size}", loss_fn=_loss)
+
+    def _segments(self) -> bool:
+        """Whether the model segments, rather than classifies. Checks its name."""
+        try:
+            from torchvision import models
+        except ModuleNotFoundError as exc:
+            message = "torchvision: targets need torchvision: pip install 'autobatch-torch[vision]'"
+            raise MissingDependencyError(message) from exc
+        classifying, segmenting = models.list_models(module=models), models.list_models(module=models.segmentation)
+        if self.name not in (*classifying, *segmenting):
+            near = nearest(self.name, [*classifying, *segmenting])
+            allowed = f"torchvision: with a classification or segmentation model; nearest: {near}"
+            raise InvalidArgumentError("target", self.title, allowed)
+        return self.name in segmenting
 
     def _arguments(self, size: int, segments: bool) -> dict[str, Any]:
         """What the builder must be told: transformers have a fixed image size, and two models warn without a flag."""

@@ -1,0 +1,163 @@
+"""``autobatch probe``: the largest batch of a target on a device."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from autobatch.cli.errors import traceback_option, workload_errors
+from autobatch.cli.targets import ModelOptions, Target, parse_target
+from autobatch.cli.targets.common import OPTIMIZERS
+from autobatch.cli.targets.hf import TASKS
+from autobatch.errors import InvalidArgumentError
+from autobatch.units import parse_bytes
+
+if TYPE_CHECKING:
+    from autobatch.result import BatchSizeResult
+
+_MODEL_OPTIONS = tuple(ModelOptions.__dataclass_fields__)
+
+
+def _bytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    try:
+        return None if value is None else parse_bytes(int(value) if value.isdigit() else value)
+    except InvalidArgumentError as exc:
+        raise click.BadParameter(f"{value!r} must be {exc.allowed}") from exc
+
+
+def _multiple(ctx: click.Context, param: click.Parameter, value: str) -> int | str:
+    if value in ("auto", "pow2"):
+        return value
+    if value.isdigit() and int(value) > 0:
+        return int(value)
+    raise click.BadParameter(f"{value!r} must be auto, pow2 or a positive whole number")
+
+
+def _writable(ctx: click.Context, param: click.Parameter, value: str | None) -> Path | None:
+    """Tries to write before anything else is done. Changes nothing."""
+    if value is None:
+        return None
+    path = Path(value)
+    try:
+        if path.exists():
+            path.open("ab").close()
+        else:
+            tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as exc:
+        raise click.BadParameter(f"{value} cannot be written: {exc.strerror}") from exc
+    return path
+
+
+@click.command()
+@click.argument("target")
+@click.option(
+    "--device",
+    "--gpu",
+    "device",
+    default="auto",
+    metavar="NAME",
+    help="auto (a GPU, else another accelerator, else host memory), a torch device such as cuda:0 or cpu, or a GPU "
+    "that is not there: a100-40gb, rtx-3090, memory=24GiB,capability=8.6 (`autobatch devices --virtual` lists them).",
+)
+@click.option(
+    "--memory-limit", callback=_bytes, metavar="SIZE", help="What the workload may have at most, such as 10GiB."
+)
+@click.option(
+    "--headroom",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.05,
+    show_default=True,
+    metavar="FRACTION",
+    help="Share of the device that is withheld from the trials and left to training.",
+)
+@click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), help="bf16 and fp16 are autocast.")
+@click.option("--optimizer", type=click.Choice(OPTIMIZERS), help="Of a built-in model; else adamw.")
+@click.option("--grad-checkpointing", is_flag=True, help="Recompute activations instead of keeping them.")
+@click.option("--compile", is_flag=True, help="Compile the model with torch.compile.")
+@click.option("--mode", type=click.Choice(["train", "eval", "both"]), help="What the batch is for; else train.")
+@click.option("--seq-len", type=click.IntRange(1), metavar="N", help="Tokens of a sequence, for hf:.")
+@click.option(
+    "--task", type=click.Choice(TASKS), metavar="TASK", help=f"For hf:, if not the usual one: {', '.join(TASKS)}."
+)
+@click.option("--image-size", type=click.IntRange(1), metavar="N", help="Height and width of images.")
+@click.option("--start", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="First size tried.")
+@click.option("--max-batch-size", type=click.IntRange(1), metavar="N", help="Try nothing larger.")
+@click.option(
+    "--multiple-of",
+    callback=_multiple,
+    default="auto",
+    metavar="auto|pow2|N",
+    show_default=True,
+    help="Sizes allowed: auto gives up at most 1.6 % for a round number, pow2 allows powers of two, 1 every size.",
+)
+@click.option("--steps", type=click.IntRange(2), default=3, show_default=True, metavar="N", help="Steps of a trial.")
+@click.option(
+    "--time-limit",
+    "time_limit_s",
+    type=click.FloatRange(0, min_open=True),
+    metavar="SECONDS",
+    help="After that no larger size is tried.",
+)
+@click.option("--any-capability", is_flag=True, help="Also a virtual GPU for which this torch has no kernels.")
+@click.option("--json", "json_path", callback=_writable, metavar="FILE", help="Write the result to this file.")
+@traceback_option
+@click.pass_context
+def probe(
+    ctx: click.Context, /, target: str, device: str, any_capability: bool, json_path: Path | None, **options: Any
+) -> None:
+    """Find the largest batch size of TARGET by training it for a few steps at several sizes.
+
+    TARGET is a model that autobatch can make by itself, with random weights and nothing downloaded, or a function of
+    yours that returns an autobatch.Workload. It is given `device`, and options by their names, if it takes them.
+
+    \b
+    Targets:
+      hf:gpt2, hf:bert, hf:llama, ...     an architecture of transformers
+      hf:path/to/config.json              the same with your configuration
+      torchvision:resnet50, timm:vit_base_patch16_224
+      train.py:build, package.module:build
+
+    \b
+    Examples:
+      autobatch probe hf:gpt2 --seq-len 1024 --gpu a100-40gb
+      autobatch probe torchvision:resnet50 --precision fp16 --gpu memory=24GiB,capability=8.6
+      autobatch probe train.py:build --device cuda:0 --json result.json
+      autobatch probe train.py:build --device cpu --memory-limit 8GiB
+
+    \b
+    Exit codes:
+      0  found                          3    the device: not there, or broken
+      1  not even one sample fits       4    the workload failed by itself
+      2  a wrong option or name         130  interrupted
+    """
+    model_options = ModelOptions(**{name: options.pop(name) for name in _MODEL_OPTIONS})
+    workload = parse_target(target, model_options)
+    result = _search(ctx, workload, device, any_capability, options)
+    if json_path is not None:
+        json_path.write_text(result.to_json() + "\n", encoding="utf-8")
+
+
+def _search(
+    ctx: click.Context, workload: Target, device: str, any_capability: bool, options: dict[str, Any]
+) -> BatchSizeResult:
+    from rich.console import Console
+
+    from autobatch.cli.devices import identify
+    from autobatch.report.live import closing_lines, device_line, display_for, other_lines, say
+    from autobatch.virtual.resolve import resolve_device
+
+    place = resolve_device(device, memory_limit_bytes=options["memory_limit"], any_capability=any_capability)
+    console, info = Console(), identify(place)
+    for line in (device_line(info, place.torch_device), *other_lines(info), f"Target: {workload.title}"):
+        say(console, line)
+    with display_for(console, info) as display:
+        from autobatch.probe.finder import find  # imports torch, so the device is shown first
+
+        with workload_errors(ctx):
+            result = find(workload, device=place, on_trial=display.on_trial, **options)
+    for line in closing_lines(result):
+        say(console, line)
+    return result

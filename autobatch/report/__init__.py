@@ -1,0 +1,1 @@
+"""Results for people: live while a probe runs, and as tables."""

@@ -1,0 +1,149 @@
+"""A probe as it happens: a table that grows on a terminal, one line a trial elsewhere."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Protocol
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.spinner import Spinner
+
+from autobatch.device.base import DeviceInfo
+from autobatch.report.table import remark, trials_table
+from autobatch.result import BatchSizeResult, Measurement, Trial
+from autobatch.units import GIB, format_bytes, format_seconds
+
+_REFRESHES_PER_S = 8
+
+
+class Display(Protocol):
+    """Shown while its context lasts; told of every trial as it ends."""
+
+    def __enter__(self) -> Display: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None: ...
+
+    def on_trial(self, trial: Trial) -> None: ...
+
+
+def display_for(console: Console, info: DeviceInfo) -> Display:
+    """The display that suits ``console`` and a probe on the device ``info``."""
+    if console.is_terminal:
+        return _TableDisplay(console, comparable=info.kind != "cpu", timed=not info.virtual)
+    return _LineDisplay(console)
+
+
+class _TableDisplay:
+    def __init__(self, console: Console, *, comparable: bool, timed: bool) -> None:
+        self._comparable, self._timed = comparable, timed
+        self._trials: list[Trial] = []
+        self._spinner: Spinner | None = Spinner("dots", "starting")
+        self._live = Live(
+            console=console,
+            get_renderable=self._render,
+            refresh_per_second=_REFRESHES_PER_S,
+            vertical_overflow="visible",
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+
+    def __enter__(self) -> _TableDisplay:
+        self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self._spinner = None
+        self._live.stop()
+
+    def on_trial(self, trial: Trial) -> None:
+        self._trials.append(trial)
+        if self._spinner is not None:
+            self._spinner.update(text="confirming" if trial.history else "searching")
+        self._live.refresh()
+
+    def _render(self) -> RenderableType:
+        parts: list[RenderableType] = []
+        if self._trials:
+            parts.append(trials_table(self._trials, comparable=self._comparable, timed=self._timed))
+        if self._spinner is not None:
+            parts.append(self._spinner)
+        return Group(*parts)
+
+
+class _LineDisplay:
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._count = 0
+
+    def __enter__(self) -> _LineDisplay:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        """Every line is out already."""
+
+    def on_trial(self, trial: Trial) -> None:
+        self._count += 1
+        say(self._console, _trial_line(self._count, trial))
+
+
+def _trial_line(number: int, trial: Trial) -> str:
+    """One trial as ``key=value`` pairs in a fixed order, made to be found with grep."""
+    measured = trial.measurement or Measurement(peak_allocated_bytes=None, peak_reserved_bytes=None)
+    pairs = {
+        "trial": str(number),
+        "batch_size": str(trial.batch_size),
+        "outcome": trial.outcome.value,
+        "mode": trial.mode,
+        "peak_gib": _gib(measured.peak_allocated_bytes),
+        "budget_gib": _gib(measured.capacity_bytes),
+        "step_s": "unknown" if measured.step_time_s is None else f"{measured.step_time_s:.4f}",
+        "took_s": f"{trial.duration_s:.2f}",
+    }
+    noticed = remark(trial)
+    return " ".join(f"{key}={value}" for key, value in pairs.items()) + (f" ({noticed})" if noticed else "")
+
+
+def _gib(size_bytes: int | None) -> str:
+    return "unknown" if size_bytes is None else f"{size_bytes / GIB:.3f}"
+
+
+def say(console: Console, line: str, *, style: str | None = None) -> None:
+    """Prints ``line`` as it is: not wrapped, not marked up."""
+    console.print(line, style=style, soft_wrap=True, markup=False, highlight=False, emoji=False)
+
+
+def device_line(info: DeviceInfo, torch_device: str) -> str:
+    """Which device it is, in one line."""
+    virtual = ", virtual: memory is accounted, nothing is computed" if info.virtual else ""
+    sizes = f"{format_bytes(info.total_bytes)}, {format_bytes(info.free_bytes)} free"
+    budget = info.details.get("budget")
+    return f"Device: {info.name} ({torch_device}{virtual}), {sizes}{f', budget {budget}' if budget else ''}"
+
+
+def other_lines(info: DeviceInfo) -> list[str]:
+    """The other processes on the device, one a line."""
+    return [
+        f"  another process has {format_bytes(other.used_bytes)}: {other.name or 'unknown'} (pid {other.pid})"
+        for other in info.others
+    ]
+
+
+def closing_lines(result: BatchSizeResult) -> list[str]:
+    """What was noticed, the answer, and two lines on how to use it."""
+    size = result.batch_size
+    evaluation = f"; for evaluation: {result.eval_batch_size}" if result.eval_batch_size else ""
+    effort = f"{_count(result.trial_count, 'trial')}, {_count(result.oom_count, 'failure')}"
+    return [
+        *(f"Note: {note}" for note in result.notes),
+        f"{result.conclusion}{evaluation}. {effort}, {format_seconds(result.duration_s)}",
+        f"  Use it:       DataLoader(dataset, batch_size={size})  or  "
+        f"TrainingArguments(per_device_train_batch_size={size})",
+        "  In a script:  batch_size = autobatch.find(build).batch_size  # build() returns a Workload",
+    ]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
