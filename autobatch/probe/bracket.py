@@ -1,0 +1,140 @@
+"""What a search knows: the sizes asked, and the bracket they leave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from autobatch.probe.memory_fit import MemoryFit
+from autobatch.probe.rounding import Rounding
+from autobatch.result import Outcome, Trial
+
+Ask = Callable[[int], Trial]
+
+_SPARE_TRIALS = 2  # what guesses may cost, at worst, above plain growth and bisection
+
+
+@dataclass(slots=True, kw_only=True)
+class Bracket:
+    """The largest rank that fitted, ``low`` (0 for none), and the smallest above it that did not, ``high``.
+
+    Ranks count the permitted sizes (:class:`~autobatch.probe.rounding.Rounding`). Only ranks strictly inside are asked:
+    so none is asked twice, and every answer shrinks the bracket.
+    """
+
+    ask: Ask
+    rounding: Rounding
+    growth: float
+    start: int
+    """The rank at which plain growth begins."""
+    cap: int | None
+    """The largest rank that may be asked."""
+    fit: MemoryFit
+    out_of_time: Callable[[], bool]
+    low: int = 0
+    high: int | None = None
+    trials: dict[int, Trial] = field(default_factory=dict)
+    """By rank, in the order asked."""
+    failure: Trial | None = None
+    """Why ``high`` does not fit."""
+    notes: list[str] = field(default_factory=list)
+    _allowance: int | None = None
+    """The budget where the first answer was a failure, so that there is no growth to compare with."""
+
+    @property
+    def last(self) -> int | None:
+        """The largest rank that could still be asked; None if there is no end."""
+        return self.cap if self.high is None else self.high - 1
+
+    @property
+    def closed(self) -> bool:
+        """True when nothing is left to ask above ``low``."""
+        return self.last is not None and self.low >= self.last
+
+    @property
+    def done(self) -> bool:
+        """True when nothing more is to be asked: closed, or out of time with a size that fits."""
+        return self.closed or (self.low > 0 and self.out_of_time())
+
+    @property
+    def size(self) -> int:
+        """The largest size that fitted; 0 if none did."""
+        return self.rounding.size(self.low) if self.low else 0
+
+    @property
+    def aim(self) -> float | None:
+        """The size up to which there is room without giving cached memory back, as far as the peaks tell."""
+        return self.fit.aim(self.size)
+
+    @property
+    def bound(self) -> float | None:
+        """The size beyond which nothing fits, as far as the peaks tell."""
+        return self.fit.bound(self.size)
+
+    def rank(self, size: float) -> int:
+        """The rank of the largest permitted size not above ``size``."""
+        return self.rounding.rank(int(size))
+
+    def is_above(self, size: float) -> bool:
+        """True if a failure says that ``size`` does not fit."""
+        return self.high is not None and self.rank(size) >= self.high
+
+    def try_rank(self, rank: int) -> bool:
+        """Asks the size at ``rank``, or at the nearest that the bracket and the budget allow, and learns from it."""
+        rank = max(rank, self.low + 1)
+        if self.low:
+            rank = self._affordable(rank)
+        if self.last is not None:
+            rank = min(rank, self.last)
+        size = self.rounding.size(rank)
+        trial = self.trials[rank] = self.ask(size)
+        self.fit.learn(size, trial.measurement)
+        if trial.fits:
+            if not self.low and self.high is not None:
+                self._allowance = len(self.trials) + _bisections(rank, self.high) + _SPARE_TRIALS
+            self.low = rank
+        else:
+            self.high, self.failure = rank, trial
+            if trial.outcome is Outcome.LIMIT:
+                self.notes.append(f"A batch of {size} met a limit other than memory: {trial.message or 'unknown'}.")
+        return trial.fits
+
+    def refuse(self, trial: Trial) -> None:
+        """Takes ``low`` back: ``trial`` found that it does not keep fitting."""
+        self.high, self.failure = self.low, trial
+        self.low = max((rank for rank, known in self.trials.items() if known.fits and rank < self.high), default=0)
+
+    def next_growth(self) -> int:
+        """The rank that plain growth asks after ``low``."""
+        return self._plain_growth(self.low)[2]
+
+    def _affordable(self, rank: int) -> int:
+        """``rank``, or the nearest that keeps the search within what plain growth and bisection use, plus a few.
+
+        If it fails, bisecting what is below must be within the budget; if it fits, what is above must be.
+        """
+        used = len(self.trials) + 1
+        rank = min(rank, self.low + (1 << max(0, self._budget(self.low) - used)))
+        if self.high is not None:
+            return rank if used + _bisections(rank, self.high) <= self._budget(rank) else (self.low + self.high) // 2
+        return rank if used <= self._plain_growth(rank)[0] + _SPARE_TRIALS else self.next_growth()
+
+    def _budget(self, low: int) -> int:
+        """The trials that plain growth and bisection need where ``low`` is the limit, plus a few."""
+        if self._allowance is not None:
+            return self._allowance
+        grown, below, above = self._plain_growth(low)
+        return grown + 1 + _bisections(below, above) + _SPARE_TRIALS
+
+    def _plain_growth(self, low: int) -> tuple[int, int, int]:
+        """How many ranks plain growth asks up to ``low``, the last of them, and the one after."""
+        count, below, above = 0, 0, self.start
+        while above <= low:
+            count, below = count + 1, above
+            above = max(above + 1, self.rank(self.rounding.size(above) * self.growth))
+        return count, below, above
+
+
+def _bisections(low: int, high: int) -> int:
+    """Trials that bisection needs to close a bracket of ranks."""
+    return max(0, high - low - 1).bit_length()

@@ -1,0 +1,262 @@
+"""The largest batch size that fits: integers in, integers out. No torch, no device.
+
+The search keeps a bracket between a size that fits and one that does not (:mod:`autobatch.probe.bracket`) and asks
+inside it, where the peaks say the memory ends (:mod:`autobatch.probe.memory_fit`). A wrong guess costs trials, never
+correctness, and whatever an oracle answers, the search ends. Each phase below is headed by its invariant.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from autobatch.errors import DoesNotFitError, InvalidArgumentError
+from autobatch.probe.bracket import Ask, Bracket
+from autobatch.probe.memory_fit import MemoryFit
+from autobatch.probe.rounding import Rounding
+
+# Tuned on trials recorded on virtual cards, tests/data/oracles_*.json; the outcome is flat around each of them.
+_NEAR = 1.5  # an aim at most this many times the size is trusted: the line was measured close to it
+_SHORT = 0.8  # the part of the way to a farther aim that one jump goes
+_JUMP = 5  # growth to this power is the longest jump
+_WORTH = 0.2  # the part of the room below the bound that the next aim must promise to be asked
+_TOWARDS = 0.85  # the part of that room to go otherwise
+_FALL = 16  # the first step down from a failure, as a part of the bracket
+_FAR_OFF = 1.5  # an aim so many brackets away says nothing about where inside to ask
+_STEP_DOWN = 33  # a candidate that is not confirmed is stepped down by this part of it at most
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchAnswer:
+    """The answer: ``batch_size`` was asked, fitted and was confirmed. ``proof`` is one of ``result.PROOFS``."""
+
+    batch_size: int
+    proof: str
+    smallest_failure: int | None
+    """The smallest size above ``batch_size`` that was seen not to fit, in the search or in confirming."""
+    notes: tuple[str, ...]
+    """Sentences for a person."""
+
+
+def search(
+    ask: Ask,
+    confirm: Ask,
+    *,
+    start: int = 1,
+    max_batch_size: int | None = None,
+    multiple_of: int | str = "auto",
+    growth: float = 2.0,
+    capacity_bytes: int | None = None,
+    first_guess: int | None = None,
+    avoid_oom: bool = False,
+    time_limit_s: float | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> SearchAnswer:
+    """The largest permitted batch size that ``ask`` and ``confirm`` find to fit.
+
+    Args:
+        ask: tries one size. Every size is asked at most once; what it raises goes to the caller unchanged.
+        confirm: tries a candidate again, the way training would meet it. One that fails is stepped down.
+        start: the size to ask first, rounded to a permitted one and to the cap.
+        max_batch_size: a cap; nothing above it is asked.
+        multiple_of: which sizes are permitted, see :class:`~autobatch.probe.rounding.Rounding`.
+        growth: factor from one size to the next while the peaks say nothing; a jump that they support may be longer.
+        capacity_bytes: what the workload can have in all. Without it peaks are not used.
+        first_guess: a size to ask in place of ``start`` because the answer is expected there.
+        avoid_oom: approach from below and stop where the peaks do not promise that more fits.
+        time_limit_s: after this many seconds no more is asked once a size is known to fit.
+        clock: seconds, for ``time_limit_s``.
+
+    Raises:
+        DoesNotFitError: not even the smallest permitted size fits.
+        InvalidArgumentError: see :func:`check_arguments`.
+    """
+    rounding = check_arguments(
+        start=start,
+        max_batch_size=max_batch_size,
+        multiple_of=multiple_of,
+        growth=growth,
+        capacity_bytes=capacity_bytes,
+        first_guess=first_guess,
+        avoid_oom=avoid_oom,
+        time_limit_s=time_limit_s,
+    )
+    bracket = Bracket(
+        ask=ask,
+        rounding=rounding,
+        growth=growth,
+        start=max(1, rounding.rank(start)),
+        cap=None if max_batch_size is None else rounding.rank(max_batch_size),
+        fit=MemoryFit(capacity_bytes),
+        out_of_time=_timer(time_limit_s, clock),
+    )
+    _find(bracket, first_guess=first_guess, avoid_oom=avoid_oom)
+    proof = _proof(bracket, avoid_oom=avoid_oom)
+    if _settle(bracket, confirm):
+        proof = "next_size_failed"
+    return SearchAnswer(
+        batch_size=bracket.size,
+        proof=proof,
+        smallest_failure=None if bracket.high is None else rounding.size(bracket.high),
+        notes=tuple(bracket.notes),
+    )
+
+
+def _find(bracket: Bracket, *, first_guess: int | None, avoid_oom: bool) -> None:
+    """Narrows the bracket until it is closed, or for as long as the caller allows."""
+    bracket.try_rank(bracket.start if first_guess is None else bracket.rank(first_guess))
+    if not bracket.low:
+        _fall(bracket, near_the_answer=first_guess is not None)
+    if avoid_oom:
+        _creep(bracket)
+    else:
+        if first_guess is None:
+            _approach(bracket)
+        _pass_the_aim(bracket)
+        _close(bracket)
+
+
+def _fall(bracket: Bracket, *, near_the_answer: bool) -> None:
+    """Invariant: nothing has fitted. Steps down from a guess in widening strides, else asks the smallest size."""
+    stride = 1
+    while near_the_answer and not bracket.low and not bracket.closed and bracket.high is not None:
+        bracket.try_rank(bracket.high - stride)
+        stride *= 2
+    if not bracket.low and not bracket.closed:
+        bracket.try_rank(1)
+
+
+def _approach(bracket: Bracket) -> None:
+    """Invariant: ``low`` fits. Jumps until the aim is near, stopping short of it, for a failure costs more than a line.
+
+    Without an aim it grows plainly, until something fails.
+    """
+    while not bracket.done:
+        size, aim = bracket.size, bracket.aim
+        if aim is None and bracket.high is None:
+            bracket.try_rank(bracket.next_growth())
+        elif aim is None or aim <= _NEAR * size or bracket.is_above(aim):
+            return
+        else:
+            bracket.try_rank(bracket.rank(min(size + _SHORT * (aim - size), size * bracket.growth**_JUMP)))
+
+
+def _pass_the_aim(bracket: Bracket) -> None:
+    """Invariant: ``low`` fits and nothing has failed. Asks just beyond the aim until something does.
+
+    What fits beyond the aim does so because the allocator gave cached memory back. If that freed much, the next limit
+    is where reserved bytes reach the capacity again; if little, it can free more, and the bound is the better guess.
+    """
+    stride = 1
+    while bracket.high is None and not bracket.done:
+        step = 1 if bracket.aim is None else bracket.rank(bracket.aim) + 1 - bracket.low
+        if bracket.bound is None:
+            step = max(step, stride)
+        elif stride > 1 and step <= _WORTH * (room := bracket.rank(bracket.bound) - bracket.low):
+            step = int(_TOWARDS * room)
+        stride *= 2
+        bracket.try_rank(bracket.low + step)
+
+
+def _close(bracket: Bracket) -> None:
+    """Invariant: ``low`` fits and ``high`` does not. Asks at the aim, a little below ``high``, or in the middle."""
+    stride = 0
+    while bracket.high is not None and not bracket.done:
+        low, high = bracket.low, bracket.high
+        rank = (low + high) // 2
+        aim = low if bracket.aim is None else bracket.rank(bracket.aim)
+        if low < aim < high:
+            rank = aim
+        elif high <= aim <= low + _FAR_OFF * (high - low):
+            stride = 2 * stride or max(1, (high - low) // _FALL)
+            rank = max(rank, high - stride)
+        bracket.try_rank(rank)
+
+
+def _creep(bracket: Bracket) -> None:
+    """Invariant: every size asked is one that the peaks promise to fit, with half of the way to the aim to spare."""
+    while bracket.low and not bracket.done and bracket.aim is not None:
+        size = bracket.size
+        rank = bracket.rank(min(size + (bracket.aim - size) / 2, size * bracket.growth**_JUMP))
+        if rank <= bracket.low:
+            return
+        bracket.try_rank(rank)
+
+
+def _settle(bracket: Bracket, confirm: Ask) -> bool:
+    """Steps down, in widening strides, until a size that was asked and fitted is confirmed; True if it had to."""
+    stride = 0
+    while bracket.low:
+        refused, size = bracket.low, bracket.size
+        trial = confirm(size)
+        if trial.fits:
+            return stride > 0
+        bracket.refuse(trial)
+        reason = f": {trial.message}" if trial.message else ""
+        bracket.notes.append(f"A batch of {size} fitted once but did not keep fitting ({trial.outcome.value}{reason}).")
+        widest = -(-refused // _STEP_DOWN)
+        stride = min(2 * stride or 1, widest)
+        while bracket.low < refused - stride and not bracket.try_rank(refused - stride):
+            stride += widest
+        if not bracket.low and not bracket.closed:
+            bracket.try_rank(1)
+    size = bracket.rounding.size(1)
+    reason = f": {bracket.failure.message}" if bracket.failure and bracket.failure.message else ""
+    raise DoesNotFitError(f"Not even a batch of {size} fits{reason}", bracket.failure)
+
+
+def _proof(bracket: Bracket, *, avoid_oom: bool) -> str:
+    if bracket.closed:
+        return "max_batch_size" if bracket.high is None else "next_size_failed"
+    return "memory_model" if avoid_oom and not bracket.out_of_time() else "time_limit"
+
+
+def _timer(limit_s: float | None, clock: Callable[[], float]) -> Callable[[], bool]:
+    if limit_s is None:
+        return lambda: False
+    deadline_s = clock() + limit_s
+    return lambda: clock() >= deadline_s
+
+
+def check_arguments(
+    *,
+    start: int = 1,
+    max_batch_size: int | None = None,
+    multiple_of: int | str = "auto",
+    growth: float = 2.0,
+    capacity_bytes: int | None = None,
+    first_guess: int | None = None,
+    avoid_oom: bool = False,
+    time_limit_s: float | None = None,
+) -> Rounding:
+    """Checks the arguments of :func:`search` without asking anything; returns the rounding they mean.
+
+    Raises:
+        InvalidArgumentError: naming the argument, its value and what is allowed.
+    """
+    rounding = Rounding(multiple_of)
+    _check_count("start", start)
+    optional = {"max_batch_size": max_batch_size, "capacity_bytes": capacity_bytes, "first_guess": first_guess}
+    for name, count in optional.items():
+        if count is not None:
+            _check_count(name, count)
+    if not isinstance(avoid_oom, bool):
+        raise InvalidArgumentError("avoid_oom", avoid_oom, "True or False")
+    if not _is_number(growth) or not 1 < growth < math.inf:
+        raise InvalidArgumentError("growth", growth, "a finite number above 1")
+    if time_limit_s is not None and (not _is_number(time_limit_s) or not time_limit_s > 0):
+        raise InvalidArgumentError("time_limit_s", time_limit_s, "a positive number of seconds, or None")
+    if max_batch_size is not None and not rounding.rank(max_batch_size):
+        raise InvalidArgumentError("max_batch_size", max_batch_size, f"at least multiple_of, {multiple_of}")
+    return rounding
+
+
+def _check_count(argument: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InvalidArgumentError(argument, value, "a positive whole number")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
