@@ -1,3 +1,80 @@
-"""Finds the largest training batch that fits a GPU."""
+"""Finds the largest training batch that fits a GPU, quickly, and leaves what you have as it was.
+
+::
+
+    import autobatch
+
+    result = autobatch.find(build_workload, device="a100-40gb")
+    print(result.batch_size)
+
+Importing this package imports no torch: each name is loaded when it is first used, so that a virtual GPU can be
+attached before.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from autobatch import errors
+from autobatch.errors import (
+    AutobatchError,
+    DeviceCorruptedError,
+    DeviceError,
+    DeviceNotFoundError,
+    DeviceQueryError,
+    DoesNotFitError,
+    InvalidArgumentError,
+    SearchError,
+    WorkloadFailedError,
+)
+from autobatch.result import BatchSizeResult, Measurement, Outcome, Trial
+
+if TYPE_CHECKING:
+    from autobatch.device.oom import is_oom
+    from autobatch.probe.finder import find
+    from autobatch.probe.workload import Workload
+    from autobatch.virtual.device import VirtualGPU
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "find": "autobatch.probe.finder",
+    "Workload": "autobatch.probe.workload",
+    "VirtualGPU": "autobatch.virtual.device",
+    "is_oom": "autobatch.device.oom",
+}
+
+__all__ = [
+    "AutobatchError",
+    "BatchSizeResult",
+    "DeviceCorruptedError",
+    "DeviceError",
+    "DeviceNotFoundError",
+    "DeviceQueryError",
+    "DoesNotFitError",
+    "InvalidArgumentError",
+    "Measurement",
+    "Outcome",
+    "SearchError",
+    "Trial",
+    "VirtualGPU",
+    "Workload",
+    "WorkloadFailedError",
+    "__version__",
+    "errors",
+    "find",
+    "is_oom",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

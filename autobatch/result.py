@@ -58,7 +58,11 @@ class Trial:
     message: str = ""
     """For a person: the error's first line, or what was noticed. Empty when there is nothing to say."""
     steps: int = 0
-    """Training steps that ran to their end."""
+    """Steps that ran to their end."""
+    mode: str = "train"
+    """``train`` or ``eval``."""
+    history: str = ""
+    """For a run that confirms an answer: what ran before it. Empty for the search's own trials."""
 
     @property
     def fits(self) -> bool:
@@ -116,6 +120,11 @@ class BatchSizeResult:
         peaks = [t.measurement.peak_allocated_bytes for t in self._runs_of_answer() if t.measurement]
         known = [p for p in peaks if p is not None]
         return max(known) / self.budget_bytes if known and self.budget_bytes else None
+
+    @property
+    def conclusion(self) -> str:
+        """The answer in one line, for a person."""
+        return _conclusion(self)
 
     def _runs_of_answer(self) -> list[Trial]:
         return [t for t in (*self.trials, *self.confirmation) if t.batch_size == self.batch_size and t.fits]

@@ -50,6 +50,9 @@ class Workload:
         InvalidArgumentError: naming the argument, if one is of the wrong kind.
     """
 
+    step: Callable[[int], Any] | None = None
+    """The function of :meth:`from_step`; None for a workload that has a model."""
+
     def __init__(
         self,
         model: nn.Module,
@@ -192,7 +195,7 @@ class _StepWorkload(Workload):
     def __init__(self, step: Callable[[int], Any], *, state: Sequence[Any] = (), name: str | None = None) -> None:
         if not callable(step):
             raise InvalidArgumentError("step", step, "a function of n that trains one step on n samples")
-        self._step, self.extra_state = step, tuple(state)
+        self.step, self.extra_state = step, tuple(state)
         self.mode = "train"
         self.name = name or str(getattr(step, "__name__", type(step).__name__))
 
@@ -208,7 +211,8 @@ class _StepWorkload(Workload):
         """A step function places its tensors itself."""
 
     def train_step(self, batch_size: int) -> None:
-        self._step(batch_size)
+        assert self.step is not None
+        self.step(batch_size)
 
     def eval_step(self, batch_size: int) -> None:
         raise InvalidArgumentError("mode", "eval", "train for a workload that is only a step function")

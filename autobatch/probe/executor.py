@@ -1,0 +1,97 @@
+"""Where trials run: what the finder asks of such a place, and the one that is this process."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from autobatch import __version__
+from autobatch.device.base import Device
+from autobatch.probe.trial import Attempt, TrialRequest, clean_up, run_trial
+from autobatch.probe.workload import Workload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """The place of the trials once the workload stands in it. Bytes; None is unknown."""
+
+    budget_bytes: int | None
+    """What the workload can have in all."""
+    held_bytes: int | None
+    """What the model holds of it before anything is run."""
+    mode: str
+    name: str
+    environment: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Executor(Protocol):
+    """Runs trials one after the other, in one process or in several."""
+
+    def setting(self) -> Setting:
+        """The place as it is now. Raises what building the workload raises."""
+
+    def run(self, request: TrialRequest) -> Attempt:
+        """Tries one size, in a process that may have tried others before."""
+
+    def confirm(self, requests: tuple[TrialRequest, ...]) -> list[Attempt]:
+        """Runs each request as a fresh start, as far as this place can, and stops at the first that fails."""
+
+    def close(self) -> None:
+        """Leaves nothing behind: no process, no limit, no memory."""
+
+
+class LocalExecutor:
+    """Trials in this process, of live objects. Restoring them is the caller's part."""
+
+    def __init__(self, workload: Workload, device: Device) -> None:
+        self._workload, self._device = workload, device
+
+    def setting(self) -> Setting:
+        clean_up(self._workload, self._device)
+        return Setting(
+            budget_bytes=self._device.budget_bytes(),
+            held_bytes=self._device.held_bytes(),
+            mode=self._workload.mode,
+            name=self._workload.name,
+            environment=describe(self._device),
+        )
+
+    def run(self, request: TrialRequest) -> Attempt:
+        return run_trial(self._workload, self._device, request)
+
+    def confirm(self, requests: tuple[TrialRequest, ...]) -> list[Attempt]:
+        # An emptied cache is as fresh as a process that goes on to train can be.
+        attempts: list[Attempt] = []
+        for request in requests:
+            attempts.append(self.run(request))
+            if not attempts[-1].trial.fits:
+                break
+        return attempts
+
+    def close(self) -> None:
+        clean_up(self._workload, self._device)
+
+
+def describe(device: Device) -> dict[str, Any]:
+    """Device, driver and versions, as a result records them. All of it goes to JSON."""
+    info = device.info()
+    return {
+        "device": info.name,
+        "kind": info.kind,
+        "virtual": info.virtual,
+        "note": "a GPU that is not there: PyTorch's own allocator ran, no kernel did" if info.virtual else "",
+        "total_bytes": info.total_bytes,
+        "free_bytes": info.free_bytes,
+        "others": [{"pid": p.pid, "name": p.name, "used_bytes": p.used_bytes} for p in info.others],
+        "capability": info.capability,
+        "driver": info.driver,
+        "torch": str(torch.__version__),
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "autobatch": __version__,
+        "details": {key: str(value) for key, value in info.details.items()},
+    }

@@ -1,0 +1,260 @@
+"""find(): the largest batch size of a workload on a device. Ties the search to trials, state and processes."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from autobatch.device.base import Device
+from autobatch.errors import DoesNotFitError, InvalidArgumentError
+from autobatch.probe.executor import Executor, LocalExecutor, Setting
+from autobatch.probe.isolation import ChildExecutor, is_importable
+from autobatch.probe.search import SearchAnswer, check_arguments, search
+from autobatch.probe.source import Source, builder_of, check_placed, source_of
+from autobatch.probe.state import preserved
+from autobatch.probe.trial import TrialRequest
+from autobatch.probe.worker import build
+from autobatch.probe.workload import Workload
+from autobatch.result import BatchSizeResult, Trial
+from autobatch.units import format_bytes, parse_bytes
+from autobatch.virtual.resolve import resolve_device
+
+CONFIRM_STEPS = 10
+"""Steps of a confirming run: enough to meet failures that come late, in the second step or in a later one."""
+
+FRAGMENTED = 1.05
+"""Reserved over allocated bytes above which expandable segments are worth a word."""
+
+
+def find(
+    workload: Workload | Callable[..., Any],
+    *,
+    device: str | Device = "auto",
+    state: Sequence[Any] = (),
+    start: int = 1,
+    max_batch_size: int | None = None,
+    multiple_of: int | str = "auto",
+    growth: float = 2.0,
+    headroom: float = 0.05,
+    memory_limit: int | str | None = None,
+    steps: int = 3,
+    avoid_oom: bool = False,
+    isolate: bool | Literal["auto"] = "auto",
+    time_limit_s: float | None = None,
+    on_trial: Callable[[Trial], None] | None = None,
+) -> BatchSizeResult:
+    """The largest batch size of ``workload`` that trains on ``device``, found by running it.
+
+    What the caller has is left as it was, bit for bit: parameters, buffers, optimizer, scheduler, random numbers.
+
+    Args:
+        workload: a :class:`Workload` of live objects; a function without arguments (or with one named ``device``)
+            that builds one; or ``step(n)``, a function that trains one step on n samples. A function that can be
+            imported by name may run in a child process, and must where the device is a virtual GPU.
+        device: ``"auto"`` (a GPU, else another accelerator, else host memory), a torch device, a Device, or the name
+            of a virtual GPU such as ``"a100-40gb"``.
+        state: what ``step(n)`` changes and the probe must put back.
+        start: the first size tried.
+        max_batch_size: nothing larger is tried.
+        multiple_of: the sizes allowed: ``"auto"`` gives up at most 1.6 % for a round number, ``"pow2"`` allows powers
+            of two, a number its multiples; 1 means every size.
+        growth: factor from one size to the next until measured memory allows a larger jump.
+        headroom: fraction of the device withheld from the trials and left to training.
+        memory_limit: bytes (``"10GiB"``) that the workload may have at most; on the host, what it may add to an idle
+            process.
+        steps: training steps of a trial, at least 2: the first alone creates the optimizer's state.
+        avoid_oom: provoke no failure: approach from below and trust the measured memory.
+        isolate: True for trials in a child process, False for this one; ``"auto"`` takes a child where the workload
+            can reach one.
+        time_limit_s: seconds after which no larger size is tried.
+        on_trial: called with each :class:`~autobatch.result.Trial` as it ends, those of the confirmation too.
+
+    Raises:
+        InvalidArgumentError: an argument is wrong; nothing was touched.
+        DeviceError: the device is not there, or broke.
+        DoesNotFitError: not even the smallest size fits.
+        Exception: whatever the workload raises for a reason other than memory, unchanged.
+    """
+    started_s = time.monotonic()
+    rounding = {"multiple_of": multiple_of, "growth": growth, "max_batch_size": max_batch_size, "start": start}
+    limits = {"avoid_oom": avoid_oom, "time_limit_s": time_limit_s}
+    check_arguments(**rounding, **limits)  # type: ignore[arg-type]  # it says which are wrong
+    _check(headroom=headroom, steps=steps, isolate=isolate, on_trial=on_trial)
+    limit_bytes = None if memory_limit is None else parse_bytes(memory_limit, argument="memory_limit")
+    source = source_of(workload, state)
+    place = resolve_device(device, memory_limit_bytes=limit_bytes)
+    with _executor(source, place, isolate) as executor:
+        setting = executor.setting()
+        probe = _Probe(
+            executor=executor,
+            setting=setting,
+            steps=steps,
+            capacity_bytes=_capacity(setting, limit_bytes, headroom),
+            is_restricted=headroom > 0 or limit_bytes is not None,
+            on_trial=on_trial,
+            trials=[],
+            confirmation=[],
+            suspects={},
+        )
+        answers = probe.search(rounding | limits, comparable=place.comparable_peaks)
+    return probe.result(answers, headroom, limit_bytes, time.monotonic() - started_s)
+
+
+@dataclass(kw_only=True)
+class _Probe:
+    """One call of find(), once its device and its workload are there."""
+
+    executor: Executor
+    setting: Setting
+    steps: int
+    capacity_bytes: int | None
+    is_restricted: bool
+    on_trial: Callable[[Trial], None] | None
+    trials: list[Trial]
+    confirmation: list[Trial]
+    suspects: dict[int, BaseException]
+
+    def search(self, options: dict[str, Any], *, comparable: bool) -> dict[str, SearchAnswer]:
+        """An answer for each mode of the workload: training first, so that evaluation meets what it leaves alive."""
+        answers: dict[str, SearchAnswer] = {}
+        for mode in ("train", "eval") if self.setting.mode == "both" else (self.setting.mode,):
+            self.suspects.clear()
+            guess = answers["train"].batch_size if answers else None
+            try:
+                answers[mode] = search(
+                    lambda size, mode=mode: self._ask(size, mode),  # type: ignore[misc]
+                    lambda size, mode=mode: self._confirm(size, mode),  # type: ignore[misc]
+                    capacity_bytes=self.capacity_bytes if comparable else None,
+                    first_guess=guess,
+                    **options,
+                )
+            except DoesNotFitError as error:
+                raise self._explained(error) from None
+        return answers
+
+    def result(
+        self, answers: dict[str, SearchAnswer], headroom: float, limit_bytes: int | None, duration_s: float
+    ) -> BatchSizeResult:
+        answer = next(iter(answers.values()))
+        result = BatchSizeResult(
+            batch_size=answer.batch_size,
+            proof=answer.proof,
+            smallest_failure=answer.smallest_failure,
+            trials=tuple(self.trials),
+            confirmation=tuple(self.confirmation),
+            eval_batch_size=answers["eval"].batch_size if "eval" in answers else None,
+            headroom=headroom,
+            budget_bytes=_least(self.setting.budget_bytes, limit_bytes),
+            environment={**self.setting.environment, "workload": self.setting.name},
+            notes=tuple(note for found in answers.values() for note in found.notes),
+            duration_s=duration_s,
+        )
+        return replace(result, notes=(*result.notes, *_fragmentation(result)))
+
+    def _ask(self, size: int, mode: str) -> Trial:
+        attempt = self.executor.run(self._request(size, mode, self.steps))
+        if attempt.suspect is not None:
+            self.suspects[size] = attempt.suspect
+        self.trials.append(self._told(attempt.trial))
+        return attempt.trial
+
+    def _confirm(self, size: int, mode: str) -> Trial:
+        fresh = replace(self._request(size, mode, CONFIRM_STEPS), history="a fresh start")
+        after_small = replace(fresh, history="smaller batches", sizes_before=(1, 1))
+        attempts = self.executor.confirm((fresh, after_small))
+        self.confirmation += [self._told(attempt.trial) for attempt in attempts]
+        return attempts[-1].trial
+
+    def _request(self, size: int, mode: str, steps: int) -> TrialRequest:
+        limit_bytes = self.capacity_bytes if self.is_restricted else None
+        return TrialRequest(batch_size=size, steps=steps, limit_bytes=limit_bytes, mode=mode)
+
+    def _told(self, trial: Trial) -> Trial:
+        if self.on_trial is not None:
+            self.on_trial(trial)
+        return trial
+
+    def _explained(self, error: DoesNotFitError) -> BaseException:
+        """What to raise when nothing fits: the workload's own error, unless it was surely about memory."""
+        size = error.trial.batch_size if error.trial else 1
+        if size in self.suspects:
+            return self.suspects[size]
+        device = self.setting.environment.get("device", "the device")
+        message = (
+            f"batch {size} does not fit on {device} in {format_bytes(self.capacity_bytes)}, of which the model alone "
+            f"holds {format_bytes(self.setting.held_bytes)}"
+        )
+        if error.trial is not None and error.trial.message:
+            message += f": {error.trial.message}"
+        return DoesNotFitError(message, error.trial)
+
+
+@contextmanager
+def _executor(source: Source, device: Device, isolate: bool | str) -> Iterator[Executor]:
+    """The place of the trials; what the caller owns is put back when it is left."""
+    builder = builder_of(source)
+    isolation = device.isolation()
+    if isolation.required or isolate is True:
+        if builder is None:
+            raise InvalidArgumentError("workload", source, f"a function that builds it, because {isolation.reason}")
+        isolate = True
+    elif isolate == "auto":
+        isolate = not isinstance(source, Workload) and is_importable(source)
+    if isolate and builder is not None:
+        with closing(ChildExecutor(builder, isolation)) as child:
+            yield child
+        return
+    if isinstance(source, Workload):
+        check_placed(source, device)
+    with preserved(source.stateful if isinstance(source, Workload) else (), device.torch_device):
+        workload = source if isinstance(source, Workload) else build(source, device.torch_device)
+        with closing(LocalExecutor(workload, device)) as local:
+            yield local
+
+
+def _check(*, headroom: Any, steps: Any, isolate: Any, on_trial: Any) -> None:
+    if isinstance(headroom, bool) or not isinstance(headroom, (int, float)) or not 0 <= headroom < 1:
+        raise InvalidArgumentError("headroom", headroom, "a fraction from 0 to below 1")
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 2:
+        raise InvalidArgumentError("steps", steps, "a whole number of at least 2")
+    if isolate not in (True, False, "auto"):
+        raise InvalidArgumentError("isolate", isolate, "True, False or 'auto'")
+    if on_trial is not None and not callable(on_trial):
+        raise InvalidArgumentError("on_trial", on_trial, "a function of a Trial, or None")
+
+
+def _capacity(setting: Setting, limit_bytes: int | None, headroom: float) -> int | None:
+    """What the trials may have: the budget or the user's limit, less the headroom."""
+    budget_bytes = _least(setting.budget_bytes, limit_bytes)
+    if budget_bytes is None:
+        return None
+    capacity_bytes = math.floor(budget_bytes * (1 - headroom))
+    held_bytes = setting.held_bytes or 0
+    if capacity_bytes <= held_bytes:
+        raise DoesNotFitError(
+            f"the model alone needs {held_bytes} bytes ({format_bytes(held_bytes)}); {capacity_bytes} bytes "
+            f"({format_bytes(capacity_bytes)}) are allowed"
+        )
+    return capacity_bytes
+
+
+def _least(*sizes: int | None) -> int | None:
+    known = [size for size in sizes if size is not None]
+    return min(known) if known else None
+
+
+def _fragmentation(result: BatchSizeResult) -> tuple[str, ...]:
+    """Says so if much of what the allocator holds at the answer is in no tensor (FACTS: expandable segments help)."""
+    runs = [t.measurement for t in result.trials if t.batch_size == result.batch_size and t.fits and t.measurement]
+    for measured in runs:
+        allocated, reserved = measured.peak_allocated_bytes, measured.peak_reserved_bytes
+        if allocated and reserved and reserved > FRAGMENTED * allocated:
+            return (
+                f"At the answer {format_bytes(reserved)} are reserved for {format_bytes(allocated)} of tensors: "
+                "PYTORCH_ALLOC_CONF=expandable_segments:True may let more fit.",
+            )
+    return ()

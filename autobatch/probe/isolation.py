@@ -1,0 +1,168 @@
+"""Trials in a child process that can be lost.
+
+The prober starts one server (:mod:`autobatch.probe.worker`), and it forks workers. A worker lives across the trials
+that fit and is replaced after a failure, a hang or its death; a confirmation gets a fresh one. The only place in
+autobatch that starts a process for trials.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from multiprocessing import spawn
+from typing import Any
+
+from autobatch.device.base import Isolation
+from autobatch.device.oom import Tier
+from autobatch.errors import DeviceError, InvalidArgumentError, WorkloadFailedError
+from autobatch.probe.executor import Setting
+from autobatch.probe.processes import ANSWER_WITHIN_S, Server, Worker, WorkerLostError
+from autobatch.probe.trial import Attempt, TrialRequest
+from autobatch.probe.worker import Job
+from autobatch.result import Outcome, Trial
+
+
+class ChildExecutor:
+    """Trials of a workload that a child process builds. It starts with the first question.
+
+    Args:
+        builder: picklable by reference; returns the Workload.
+        isolation: what the device says its child needs.
+        answer_within_s: a worker that is silent for so long is given up.
+
+    Raises:
+        InvalidArgumentError: if ``builder`` cannot be found by name in another process.
+        DeviceError: where the platform cannot fork.
+    """
+
+    def __init__(
+        self, builder: Callable[..., Any], isolation: Isolation, *, answer_within_s: float = ANSWER_WITHIN_S
+    ) -> None:
+        if not hasattr(os, "fork") or not hasattr(socket, "recv_fds"):
+            raise DeviceError("trials in a child process need Linux or macOS; isolate=False runs them in this one")
+        self._job = Job(
+            payload=_by_reference(builder),
+            preparation=_preparation(builder),
+            device=isolation.device,
+            memory_limit_bytes=isolation.memory_limit_bytes,
+        )
+        self._environment = {**os.environ, **isolation.environment}
+        self._answer_within_s = answer_within_s
+        self._server: Server | None = None
+        self._worker: Worker | None = None
+
+    def setting(self) -> Setting:
+        return self._living_worker().setting
+
+    def run(self, request: TrialRequest) -> Attempt:
+        attempt = self._run(request)
+        if not attempt.trial.fits:
+            self._retire()
+        return attempt
+
+    def confirm(self, requests: tuple[TrialRequest, ...]) -> list[Attempt]:
+        attempts: list[Attempt] = []
+        if self._worker is not None and requests:
+            # The process that searched is a history of its own, while it is there.
+            attempts.append(self.run(_after_search(requests[0])))
+        for request in requests:
+            if attempts and not attempts[-1].trial.fits:
+                break
+            self._retire()
+            attempts.append(self.run(request))
+        return attempts
+
+    def close(self) -> None:
+        self._retire()
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+
+    def _run(self, request: TrialRequest) -> Attempt:
+        """The trial; a worker lost for no reason of memory is replaced and the size asked once more."""
+        try:
+            return self._ask(request)
+        except WorkerLostError:
+            pass
+        try:
+            return self._ask(request)
+        except WorkerLostError as lost:
+            raise WorkloadFailedError(f"batch {request.batch_size}: {lost}", request.batch_size) from None
+
+    def _ask(self, request: TrialRequest) -> Attempt:
+        try:
+            trial, suspect = self._living_worker().ask(request)
+        except WorkerLostError as lost:
+            self._worker = None
+            if lost.tier is None:
+                raise
+            failure = WorkloadFailedError(str(lost), request.batch_size)
+            return Attempt(trial=_lost_trial(request, lost), suspect=failure if lost.tier is Tier.SUSPECT else None)
+        return Attempt(trial=trial, suspect=suspect)
+
+    def _living_worker(self) -> Worker:
+        if self._worker is None:
+            if self._server is None or not self._server.can_fork:
+                if self._server is not None:
+                    self._server.close()
+                self._server = Server(self._job, self._environment, self._answer_within_s)
+            self._worker = Worker(self._server, self._answer_within_s)
+        return self._worker
+
+    def _retire(self) -> None:
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
+
+
+def _by_reference(builder: Callable[..., Any]) -> bytes:
+    allowed = (
+        "importable by name, because trials run in a process of their own: a function at the top of a module "
+        "(or of a script, under `if __name__ == '__main__'`), not a lambda, a local function or a live Workload"
+    )
+    try:
+        payload = pickle.dumps(builder)
+    except Exception as exc:
+        raise InvalidArgumentError("workload", builder, allowed) from exc
+    if b"__main__" in payload and not hasattr(sys.modules["__main__"], "__file__"):
+        raise InvalidArgumentError("workload", builder, allowed)
+    return payload
+
+
+def is_importable(builder: Callable[..., Any]) -> bool:
+    """Whether another process can find ``builder`` by its name, and there can be one."""
+    if not hasattr(os, "fork"):
+        return False
+    try:
+        _by_reference(builder)
+    except InvalidArgumentError:
+        return False
+    return True
+
+
+def _preparation(builder: Callable[..., Any]) -> dict[str, Any]:
+    data: dict[str, Any] = spawn.get_preparation_data("autobatch")
+    data.pop("authkey", None)  # refuses to be pickled, and nothing here needs it
+    if b"__main__" not in pickle.dumps(builder):
+        # The workload is elsewhere: no reason to run the main script's imports once more.
+        data.pop("init_main_from_path", None)
+        data.pop("init_main_from_name", None)
+    return data
+
+
+def _after_search(request: TrialRequest) -> TrialRequest:
+    return replace(request, history="the search itself", sizes_before=())
+
+
+def _lost_trial(request: TrialRequest, lost: WorkerLostError) -> Trial:
+    return Trial(
+        batch_size=request.batch_size,
+        outcome=Outcome.OOM,
+        message=str(lost),
+        mode=request.mode,
+        history=request.history,
+    )

@@ -1,0 +1,178 @@
+"""The processes in which trials run, as their prober sees them: a server that imports, and workers that it forks.
+
+The child's side is :mod:`autobatch.probe.worker`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import autobatch
+from autobatch.device.oom import Tier, classify_exit
+from autobatch.errors import WorkloadFailedError
+from autobatch.probe.executor import Setting
+from autobatch.probe.trial import TrialRequest
+from autobatch.probe.worker import PID, Failure, Job
+from autobatch.result import Trial
+
+ANSWER_WITHIN_S = 600.0
+"""A worker that is silent for so long hangs. Long enough for any trial of a few steps, compilation included."""
+
+
+class ChildTraceback(Exception):
+    """The cause of an error that a child process raised: its traceback there, as text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.text = text
+
+    def __str__(self) -> str:
+        return f"\n\n{self.text}"
+
+
+class WorkerLostError(Exception):
+    """A worker died or hangs. ``tier`` is what its end says about memory, if anything."""
+
+    def __init__(self, message: str, tier: Tier | None) -> None:
+        super().__init__(message)
+        self.tier = tier
+
+
+class Server:
+    """The child that has imported everything. Its whole session is killed at the end, grandchildren included."""
+
+    def __init__(self, job: Job, environment: Mapping[str, str], answer_within_s: float) -> None:
+        ours, theirs = socket.socketpair()
+        root = str(Path(autobatch.__file__).parent.parent)
+        code = f"import sys; sys.path.insert(0, {root!r}); from autobatch.probe.worker import serve; serve({{}})"
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", code.format(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                env=dict(environment),
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        self.channel = ours
+        try:
+            talk = Connection(os.dup(ours.fileno()))
+            with talk:
+                talk.send(job)
+                self.can_fork = bool(_answer(talk, answer_within_s, "importing the workload"))
+        except EOFError:
+            raise WorkloadFailedError(f"the child process {_end(self.process.wait())} while it imported") from None
+        finally:
+            if not hasattr(self, "can_fork"):
+                self.close()
+
+    def fork(self) -> tuple[int, Connection]:
+        """A new worker: its pid and the connection to it."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            socket.send_fds(self.channel, [b"f"], [theirs.fileno()])
+        connection = Connection(ours.detach())
+        return (self._read_number() if self.can_fork else self.process.pid), connection
+
+    def exit_status(self) -> int:
+        """How the last worker ended, as ``waitpid`` tells it; waits for that."""
+        return self._read_number() if self.can_fork else _as_wait_status(self.process.wait())
+
+    def close(self) -> None:
+        self.channel.close()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def _read_number(self) -> int:
+        data = b""
+        while len(data) < PID.size:
+            part = self.channel.recv(PID.size - len(data))
+            if not part:
+                raise WorkloadFailedError(f"the child process {_end(self.process.wait())}")
+            data += part
+        number: int = PID.unpack(data)[0]
+        return number
+
+
+class Worker:
+    """One process that runs trials."""
+
+    def __init__(self, server: Server, answer_within_s: float) -> None:
+        self._server, self._answer_within_s = server, answer_within_s
+        self._kills_before = _out_of_memory_kills()
+        self._status: int | None = None
+        self._pid, self._connection = server.fork()
+        try:
+            self.setting: Setting = _answer(self._connection, answer_within_s, "building the workload")
+        except EOFError:
+            raise WorkloadFailedError(f"the child process {_end(self._reap())} while it built the workload") from None
+        except BaseException:
+            self.close()
+            raise
+
+    def ask(self, request: TrialRequest) -> tuple[Trial, BaseException | None]:
+        try:
+            self._connection.send(request)
+            trial, suspect = _answer(self._connection, self._answer_within_s, f"batch {request.batch_size}")
+        except (EOFError, ConnectionError):
+            status = self._reap()
+            signal_number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+            exhausted = request.limit_bytes is not None or _out_of_memory_kills() != self._kills_before
+            tier = classify_exit(signal_number, memory_exhausted=exhausted)
+            raise WorkerLostError(f"the child process {_end(status)}", tier) from None
+        except TimeoutError as exc:
+            self.close()
+            raise WorkerLostError(str(exc), None) from None
+        except BaseException:
+            self.close()
+            raise
+        return trial, suspect.exception if suspect is not None else None
+
+    def close(self) -> None:
+        """Ends the process without waiting for what it does."""
+        if self._status is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._pid, signal.SIGKILL)
+            self._reap()
+
+    def _reap(self) -> int:
+        if self._status is None:
+            self._connection.close()
+            self._status = self._server.exit_status()
+        return self._status
+
+
+def _answer(connection: Connection, within_s: float, doing: str) -> Any:
+    if not connection.poll(within_s):
+        raise TimeoutError(f"{doing}: no answer within {within_s:.0f} s")
+    answer = connection.recv()
+    if isinstance(answer, Failure):
+        raise answer.exception from ChildTraceback(answer.traceback_text)
+    return answer
+
+
+def _end(status: int) -> str:
+    number = os.WTERMSIG(status) if status >= 0 and os.WIFSIGNALED(status) else -status if status < 0 else 0
+    return f"was killed by {signal.Signals(number).name}" if number else "ended without an answer"
+
+
+def _as_wait_status(returncode: int) -> int:
+    return -returncode if returncode < 0 else returncode << 8
+
+
+def _out_of_memory_kills() -> int | None:
+    """How many processes the kernel has killed for lack of memory since it started; None where it does not say."""
+    try:
+        fields = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
+    except OSError:
+        return None
+    return int(fields["oom_kill"]) if "oom_kill" in fields else None

@@ -1,0 +1,67 @@
+"""What a caller may give to find(): live objects, a function that builds them, or a step of training."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from autobatch.device.base import Device
+from autobatch.errors import InvalidArgumentError
+from autobatch.probe.worker import takes_device
+from autobatch.probe.workload import Workload
+
+Source = Workload | Callable[..., Any]
+"""A Workload of live objects, or a function without required arguments that builds one."""
+
+
+@dataclass(frozen=True, slots=True)
+class _StepBuilder:
+    """Makes a Workload of a step function, in whatever process it is called."""
+
+    step: Callable[[int], Any]
+
+    def __call__(self) -> Workload:
+        return Workload.from_step(self.step)
+
+
+def source_of(workload: Any, state: Sequence[Any]) -> Source:
+    """``workload`` as a Source.
+
+    Raises:
+        InvalidArgumentError: if it is neither a Workload nor callable, or if ``state`` is given for a Workload.
+    """
+    if isinstance(workload, Workload):
+        if state:
+            raise InvalidArgumentError("state", state, "empty for a Workload, which takes extra_state itself")
+        return workload
+    if not callable(workload):
+        raise InvalidArgumentError("workload", workload, "a Workload, a function that builds one, or step(n)")
+    if takes_device(workload) or not _required_parameters(workload):
+        return workload  # type: ignore[no-any-return]
+    return Workload.from_step(workload, state=state)
+
+
+def builder_of(source: Source) -> Callable[..., Any] | None:
+    """What another process can call to have ``source``; None for live objects."""
+    if not isinstance(source, Workload):
+        return source
+    return None if source.step is None else _StepBuilder(source.step)
+
+
+def _required_parameters(function: Callable[..., Any]) -> int:
+    parameters = inspect.signature(function).parameters.values()
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in positional and p.default is inspect.Parameter.empty for p in parameters)
+
+
+def check_placed(workload: Workload, device: Device) -> None:
+    """Raises InvalidArgumentError if the model of ``workload`` is not on ``device``; moving it is the caller's."""
+    if workload.step is None and str(workload.device) != device.torch_device:
+        raise InvalidArgumentError(
+            "device",
+            device.torch_device,
+            f"where the model is ({workload.device}); move it with model.to({device.torch_device!r}) before its "
+            f"optimizer is made, or give device={str(workload.device)!r}",
+        )

@@ -1,0 +1,291 @@
+"""Everything a trial changes, put back bit for bit.
+
+The copy lives in host memory, so that it costs none of the memory being measured. Restoring writes in place: a
+tensor keeps its identity, so an optimizer's references, tied weights and views go on holding.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import copy
+import hashlib
+import random
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Restore = Callable[[], None]
+
+
+@contextlib.contextmanager
+def preserved(objects: Iterable[Any], torch_device: str) -> Iterator[None]:
+    """Inside, ``objects`` and the global state that training touches may change; on leaving, all is as it was.
+
+    ``objects`` are modules, optimizers, schedulers, scalers, generators, tensors, containers of these, or anything
+    with ``state_dict`` and ``load_state_dict``. It is put back on success, on an error and on Ctrl-C; a Ctrl-C during
+    the restoring itself waits until that is done.
+    """
+    memento = _Memento()
+    restores = [memento.capture(item) for item in objects]
+    restores += _global_state(torch_device)
+    try:
+        yield
+    finally:
+        with _interrupts_deferred():
+            for restore in restores:
+                restore()
+
+
+def fingerprint(*objects: Any, torch_device: str = "cpu") -> str:
+    """A hash over every bit that :func:`preserved` would put back: equal before and after is what it promises."""
+    digest = hashlib.sha256()
+    _Fingerprint(digest.update).visit(objects)
+    for state in _random_states(torch_device):
+        digest.update(repr(state).encode() if not isinstance(state, Tensor) else state.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+class _Memento:
+    """Captures objects and whatever hangs from them, each once however often it is reached (tied weights are)."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, Any] = {}  # id -> the object, kept alive so that no id is used twice
+        self._storages: set[int] = set()
+
+    def capture(self, item: Any) -> Restore:
+        """A function that puts ``item`` back to what it is now. Immutable values need none: their holder keeps them."""
+        if id(item) in self._seen:
+            return _nothing
+        capture = self._method(item)
+        if capture is None:
+            return _nothing
+        self._seen[id(item)] = item
+        return capture(item)
+
+    def _method(self, item: Any) -> Callable[[Any], Restore] | None:
+        if isinstance(item, Tensor):
+            return self._tensor
+        if isinstance(item, MutableMapping):
+            return self._mapping
+        if isinstance(item, (list, collections.deque)):
+            return self._sequence
+        if isinstance(item, tuple):
+            return self._tuple
+        if isinstance(item, set):
+            return self._set
+        if isinstance(item, (torch.Generator, random.Random)) or _is_numpy_generator(item):
+            return _generator
+        if _is_open(item):
+            return self._attributes
+        if hasattr(item, "state_dict") and hasattr(item, "load_state_dict"):
+            return _by_state_dict
+        return None
+
+    def _tensor(self, tensor: Tensor) -> Restore:
+        alias = tensor.detach()  # holds the storage, should the trial give the tensor another one
+        contents = self._storage(alias)
+        grad, requires_grad = tensor.grad if tensor.is_leaf else None, tensor.requires_grad
+        restore_grad = self.capture(grad)
+
+        def restore() -> None:
+            if tensor.data_ptr() != alias.data_ptr() or tensor.shape != alias.shape:
+                tensor.data = alias
+            contents()
+            if tensor.is_leaf:
+                tensor.requires_grad_(requires_grad)
+                tensor.grad = grad
+                restore_grad()
+
+        return restore
+
+    def _storage(self, alias: Tensor) -> Restore:
+        # Bytes of the storage, not values of the view: any dtype, any strides, shared memory once.
+        storage = alias.untyped_storage()
+        if storage.data_ptr() in self._storages or storage.nbytes() == 0:
+            return _nothing
+        self._storages.add(storage.data_ptr())
+        saved = torch.UntypedStorage(storage.nbytes())
+        saved.copy_(storage)
+        return lambda: _quietly(storage.copy_, saved)
+
+    def _mapping(self, mapping: MutableMapping[Any, Any]) -> Restore:
+        items = list(mapping.items())
+        restores = [self.capture(value) for _, value in items]
+
+        def restore() -> None:
+            if list(map(id, mapping.values())) != [id(v) for _, v in items] or list(mapping) != [k for k, _ in items]:
+                mapping.clear()
+                mapping.update(items)
+            _run(restores)
+
+        return restore
+
+    def _sequence(self, sequence: list[Any] | collections.deque[Any]) -> Restore:
+        items = list(sequence)
+        restores = [self.capture(value) for value in items]
+
+        def restore() -> None:
+            sequence.clear()
+            sequence.extend(items)
+            _run(restores)
+
+        return restore
+
+    def _tuple(self, items: tuple[Any, ...]) -> Restore:
+        restores = [self.capture(value) for value in items]
+        return lambda: _run(restores)
+
+    def _set(self, items: set[Any]) -> Restore:
+        saved = set(items)
+
+        def restore() -> None:
+            items.clear()
+            items.update(saved)
+
+        return restore
+
+    def _attributes(self, item: Any) -> Restore:
+        return self._mapping(vars(item))
+
+
+class _Fingerprint:
+    """Feeds everything :class:`_Memento` would capture to a hash, in a fixed order."""
+
+    def __init__(self, update: Callable[[bytes], None]) -> None:
+        self._update, self._numbers = update, dict[int, int]()
+        self._alive: list[Any] = []  # so that no id is used twice
+
+    def visit(self, item: Any) -> None:
+        if isinstance(item, (int, float, str, bool, bytes, type(None), torch.dtype, torch.device, complex)):
+            self._update(repr(item).encode())
+        elif id(item) in self._numbers:
+            self._update(b"again %d" % self._numbers[id(item)])
+        else:
+            self._numbers[id(item)] = len(self._numbers)
+            self._alive.append(item)
+            self._update(type(item).__qualname__.encode())
+            self._contents(item)
+
+    def _contents(self, item: Any) -> None:
+        if isinstance(item, Tensor):
+            self._tensor(item)
+        elif isinstance(item, MutableMapping):
+            for key, value in item.items():
+                self.visit(key)
+                self.visit(value)
+        elif isinstance(item, (list, tuple, collections.deque)):
+            for value in item:
+                self.visit(value)
+        elif isinstance(item, torch.Generator):
+            self.visit(item.get_state())
+        elif _is_open(item):
+            self.visit(vars(item))
+        elif hasattr(item, "state_dict"):
+            self.visit(item.state_dict())
+
+    def _tensor(self, item: Tensor) -> None:
+        values = item.detach().cpu().contiguous()
+        self._update(repr((item.shape, item.dtype, str(item.device), item.requires_grad)).encode())
+        self._update(values.flatten().view(torch.uint8).numpy().tobytes() if values.numel() else b"")
+        if item.is_leaf:
+            self.visit(item.grad)
+
+
+def _is_open(item: Any) -> bool:
+    """True for the kinds whose attributes are their state, all of which we may put back."""
+    kinds = (nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, torch.amp.GradScaler)
+    return isinstance(item, kinds)
+
+
+def _is_numpy_generator(item: Any) -> bool:
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(item, (numpy.random.Generator, numpy.random.RandomState))
+
+
+def _generator(item: Any) -> Restore:
+    if isinstance(item, torch.Generator):
+        state = item.get_state()
+        return lambda: _quietly(item.set_state, state)
+    if isinstance(item, random.Random):
+        return _setter(item.setstate, item.getstate())
+    if hasattr(item, "bit_generator"):
+        return _attribute_setter(item.bit_generator, "state", copy.deepcopy(item.bit_generator.state))
+    return _setter(item.set_state, item.get_state())
+
+
+def _by_state_dict(item: Any) -> Restore:
+    saved = copy.deepcopy(item.state_dict())
+    return lambda: _quietly(item.load_state_dict, saved)
+
+
+def _global_state(torch_device: str) -> list[Restore]:
+    """Random number generators, and the switches of torch that training code turns."""
+    restores = [_setter(random.setstate, random.getstate()), _setter(torch.set_rng_state, torch.get_rng_state())]
+    if numpy := sys.modules.get("numpy"):
+        restores.append(_setter(numpy.random.set_state, numpy.random.get_state()))
+    if (module := _device_module(torch_device)) is not None:
+        state = module.get_rng_state(torch_device)
+        restores.append(lambda: module.set_rng_state(state, torch_device))
+    for flag in ("benchmark", "deterministic", "enabled"):
+        restores.append(_attribute_setter(torch.backends.cudnn, flag, getattr(torch.backends.cudnn, flag)))
+    restores.append(_setter(torch.set_grad_enabled, torch.is_grad_enabled()))
+    restores.append(_setter(torch.set_default_dtype, torch.get_default_dtype()))
+    return restores
+
+
+def _random_states(torch_device: str) -> list[Any]:
+    states: list[Any] = [random.getstate(), torch.get_rng_state()]
+    if numpy := sys.modules.get("numpy"):
+        states.append([part.tolist() if hasattr(part, "tolist") else part for part in numpy.random.get_state()])
+    if (module := _device_module(torch_device)) is not None:
+        states.append(module.get_rng_state(torch_device))
+    return states
+
+
+def _device_module(torch_device: str) -> Any:
+    kind = torch.device(torch_device).type
+    module = None if kind == "cpu" else torch.get_device_module(kind)
+    return module if hasattr(module, "get_rng_state") else None
+
+
+@contextlib.contextmanager
+def _interrupts_deferred() -> Iterator[None]:
+    """Holds a Ctrl-C back until the block is done. Only the main thread receives any."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught: list[Any] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: caught.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if caught and callable(before):
+            before(*caught[-1])
+
+
+def _run(restores: list[Restore]) -> None:
+    for restore in restores:
+        restore()
+
+
+def _nothing() -> None:
+    """What an object without state of its own needs."""
+
+
+def _quietly(function: Callable[[Any], Any], value: Any) -> None:
+    function(value)
+
+
+def _setter(function: Callable[[Any], Any], value: Any) -> Restore:
+    return lambda: _quietly(function, value)
+
+
+def _attribute_setter(holder: Any, name: str, value: Any) -> Restore:
+    return lambda: setattr(holder, name, value)

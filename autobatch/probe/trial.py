@@ -1,0 +1,162 @@
+"""One batch size on one device, in this process: from a number to a :class:`~autobatch.result.Trial`."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from autobatch.device.base import Device
+from autobatch.device.oom import Tier, classify, first_line
+from autobatch.errors import DeviceCorruptedError
+from autobatch.probe.workload import Workload
+from autobatch.result import Measurement, Outcome, Trial
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialRequest:
+    """What to try. ``limit_bytes`` is what the workload can have in all, None for whatever the device has."""
+
+    batch_size: int
+    steps: int
+    limit_bytes: int | None = None
+    mode: str = "train"
+    sizes_before: tuple[int, ...] = ()
+    """Batches to train first, under the same limit: the history that the size must survive."""
+    history: str = ""
+    """A name for that history; empty for a trial of the search."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """A trial, and the workload's exception where only a smaller size that fits can tell that it meant memory."""
+
+    trial: Trial
+    suspect: BaseException | None = None
+
+
+class _Progress:
+    """What a run has done so far, kept outside the frames that a failure unwinds."""
+
+    def __init__(self) -> None:
+        self.step_times_s: list[float] = []
+        self.retries: list[int | None] = []
+
+
+def run_trial(workload: Workload, device: Device, request: TrialRequest) -> Attempt:
+    """Runs ``request`` and says what became of it. Afterwards nothing of it is alive and the caches are empty.
+
+    Every exception that does not mean "out of memory" is raised unchanged, and so is a broken device context, as
+    :class:`~autobatch.errors.DeviceCorruptedError`.
+    """
+    started_s, progress, failure, measured = time.monotonic(), _Progress(), None, None
+    clean_up(workload, device)
+    with device.restrict(request.limit_bytes) as restricted:
+        device.reset_peaks()
+        try:
+            _run_steps(workload, device, request, progress)
+        except Exception as exc:  # noqa: BLE001 - classified below: what is not memory is raised unchanged
+            failure = exc
+        # Measured outside the except block: inside, the traceback would keep the failed step's tensors alive.
+        tier = None if failure is None else classify(failure)
+        if failure is None or tier is not None:
+            measured = replace(device.measure(), capacity_bytes=request.limit_bytes or device.budget_bytes())
+        if failure is not None and tier is not None:
+            _forget_frames(failure)
+        clean_up(workload, device)
+    if failure is not None and tier is None:
+        raise failure
+    if failure is not None and tier is Tier.FATAL:
+        raise DeviceCorruptedError(f"batch {request.batch_size}: {first_line(failure)}") from failure
+    trial = _judge(request, progress, measured, tier, compare_peaks=not restricted)
+    trial = replace(
+        trial,
+        message=trial.message or (first_line(failure) if failure is not None else ""),
+        duration_s=time.monotonic() - started_s,
+    )
+    return Attempt(trial=trial, suspect=failure if tier is Tier.SUSPECT else None)
+
+
+def clean_up(workload: Workload, device: Device) -> None:
+    """Lets go of what a step left alive and gives the caches back, so that every trial starts from the same place."""
+    workload.forget()
+    gc.collect()
+    device.release()
+
+
+def _run_steps(workload: Workload, device: Device, request: TrialRequest, progress: _Progress) -> None:
+    step = workload.eval_step if request.mode == "eval" else workload.train_step
+    for size in request.sizes_before:
+        step(size)
+    for _ in range(request.steps):
+        started_s = time.perf_counter()
+        step(request.batch_size)
+        device.synchronize()
+        progress.step_times_s.append(time.perf_counter() - started_s)
+        progress.retries.append(device.retries())
+
+
+def _judge(
+    request: TrialRequest,
+    progress: _Progress,
+    measured: Measurement | None,
+    tier: Tier | None,
+    *,
+    compare_peaks: bool,
+) -> Trial:
+    message, outcome = "", Outcome.FITS
+    retries = _judged_retries(progress.retries)
+    if measured is not None:
+        judged_s = progress.step_times_s[1:] or progress.step_times_s
+        measured = replace(
+            measured, alloc_retries=retries, step_time_s=statistics.median(judged_s) if judged_s else None
+        )
+    if tier is not None:
+        outcome = Outcome.LIMIT if tier is Tier.LIMIT else Outcome.OOM
+    elif compare_peaks and _is_over(measured):
+        outcome, message = Outcome.OVER_HEADROOM, "it ran, and left less free than the headroom asked for"
+    elif _thrashes(progress.retries):
+        outcome, message = Outcome.THRASHED, f"it ran, and the allocator had to free and retry {retries} times"
+    return Trial(
+        batch_size=request.batch_size,
+        outcome=outcome,
+        measurement=measured,
+        message=message,
+        steps=len(progress.step_times_s),
+        mode=request.mode,
+        history=request.history,
+    )
+
+
+def _judged_retries(retries: Sequence[int | None]) -> int | None:
+    """Retries in the steps after the first, which alone creates the optimizer's state."""
+    if len(retries) < 2 or retries[0] is None or retries[-1] is None:
+        return None
+    return retries[-1] - retries[0]
+
+
+def _thrashes(retries: Sequence[int | None]) -> bool:
+    """True if the allocator still frees and retries when the run has settled: in both of its last two steps."""
+    known = [count for count in retries if count is not None]
+    return len(known) >= 3 and known[-3] < known[-2] < known[-1]
+
+
+def _is_over(measured: Measurement | None) -> bool:
+    if measured is None or measured.peak_reserved_bytes is None or measured.capacity_bytes is None:
+        return False
+    return measured.peak_reserved_bytes > measured.capacity_bytes
+
+
+def _forget_frames(exc: BaseException) -> None:
+    """Clears the locals of every frame that the exception, or one it is chained to, holds: they are the tensors."""
+    pending, seen = [exc], set()
+    while pending:
+        current = pending.pop()
+        if id(current) in seen:
+            continue
+        seen.add(id(current))
+        traceback.clear_frames(current.__traceback__)
+        pending += [link for link in (current.__cause__, current.__context__) if link is not None]

@@ -1,0 +1,200 @@
+"""The child's side of :mod:`autobatch.probe.isolation`.
+
+One server imports torch and the workload's module, and touches neither the device nor CPU threads; each worker is
+its fork, so that a fresh process costs a tenth of a second instead of all the imports. A worker builds the workload
+and runs trials until it is told to end, loses its prober, or is lost itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import inspect
+import os
+import pickle
+import signal
+import socket
+import struct
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from multiprocessing import spawn
+from multiprocessing.connection import Connection
+from typing import Any
+
+PID = struct.Struct("q")  # what the server writes to its socket: a worker's pid, then how it ended
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What a server needs to know. ``payload`` is the pickled builder: a reference by name, as in spawn."""
+
+    payload: bytes
+    preparation: Mapping[str, Any]
+    device: str
+    memory_limit_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """An exception on its way to the prober, beside the traceback that cannot travel with it."""
+
+    exception: BaseException
+    traceback_text: str
+
+
+def serve(descriptor: int) -> None:
+    """The server: imports, says that it is ready, and forks a worker for each socket it is handed."""
+    _end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the prober's to handle; it ends us
+    channel = socket.socket(fileno=descriptor)
+    talk = Connection(os.dup(descriptor))
+    job: Job = talk.recv()
+    try:
+        builder = _import(job)
+    except BaseException as exc:  # noqa: BLE001 - it is raised again, by the prober
+        talk.send(portable(exc))
+        return
+    fork_is_safe = _fork_is_safe()
+    talk.send(fork_is_safe)
+    while True:
+        message, descriptors, _, _ = socket.recv_fds(channel, 1, 1)
+        if not message:
+            return  # the prober is done
+        pid = os.fork() if fork_is_safe else 0
+        if pid == 0:
+            _be_worker(Connection(descriptors[0]), channel, builder, job)
+        os.close(descriptors[0])
+        channel.sendall(PID.pack(pid))
+        channel.sendall(PID.pack(os.waitpid(pid, 0)[1]))
+
+
+def portable(exc: BaseException) -> Failure:
+    """``exc`` if it survives pickling, else a WorkloadFailedError that says the same."""
+    from autobatch.errors import WorkloadFailedError
+
+    text = "".join(traceback.format_exception(type(exc), exc, exc.__traceback__))
+    try:
+        copied = pickle.loads(pickle.dumps(exc))
+        if type(copied) is not type(exc) or str(copied) != str(exc):
+            raise pickle.PicklingError("it changes on the way")
+    except Exception:  # noqa: BLE001 - an exception's own __reduce__ or __init__ may raise anything
+        exc = WorkloadFailedError(f"{type(exc).__name__}: {exc}", traceback_text=text)
+    return Failure(exception=exc, traceback_text=text)
+
+
+def _import(job: Job) -> Callable[..., Any]:
+    spawn.prepare(dict(job.preparation))
+    importlib.import_module("torch")
+    # The first optimizer imports it, for a second or two: better once here than in every worker.
+    importlib.import_module("torch._dynamo")
+    importlib.import_module("autobatch.probe.executor")
+    builder: Callable[..., Any] = pickle.loads(job.payload)
+    if hasattr(builder, "import_modules"):
+        builder.import_modules()
+    return builder
+
+
+def _fork_is_safe() -> bool:
+    """Whether a fork of this process can run a workload: it has not used CUDA, and no OpenMP pool hangs in the fork.
+
+    A pool cannot be seen, so it is tried: a fork runs one parallel operator, with a deadline.
+    """
+    torch = sys.modules["torch"]
+    if torch.cuda.is_initialized():
+        return False
+    pid = os.fork()
+    if pid == 0:
+        torch.ones(1 << 18).add_(1)  # large enough for torch to share it out among its threads
+        os._exit(0)
+    deadline_s = time.monotonic() + 2
+    while time.monotonic() < deadline_s:
+        if os.waitpid(pid, os.WNOHANG)[0] == pid:
+            return True
+        time.sleep(0.005)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return False
+
+
+def _be_worker(talk: Connection, channel: socket.socket, builder: Callable[..., Any], job: Job) -> None:
+    """Never returns: a fork must not run what its parent had left to do."""
+    status = 1
+    try:
+        _end_with_parent()
+        channel.close()
+        status = _work(talk, builder, job)
+    except (EOFError, ConnectionError):
+        status = 0  # the prober is gone, or done with us
+    except BaseException as exc:  # noqa: BLE001 - it is raised again, by the prober
+        talk.send(portable(exc))
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _work(talk: Connection, builder: Callable[..., Any], job: Job) -> int:
+    from autobatch.device.local import resolve_local
+    from autobatch.probe.executor import LocalExecutor
+
+    device = resolve_local(job.device, memory_limit_bytes=job.memory_limit_bytes)
+    device.reset_peaks()  # host memory counts from here: with the imports done, and nothing built
+    executor = LocalExecutor(build(builder, device.torch_device), device)
+    talk.send(executor.setting())
+    while True:
+        attempt = executor.run(talk.recv())
+        talk.send((attempt.trial, portable(attempt.suspect) if attempt.suspect is not None else None))
+
+
+def build(builder: Callable[..., Any], torch_device: str) -> Any:
+    """The workload that ``builder`` makes, on ``torch_device``.
+
+    Raises:
+        DoesNotFitError: saying how many bytes the model needs, if it alone does not fit.
+    """
+    from autobatch.device.oom import Tier, classify
+    from autobatch.errors import DoesNotFitError, InvalidArgumentError
+    from autobatch.probe.workload import Workload
+
+    failure = None
+    try:
+        workload = _call(builder, torch_device)
+        if not isinstance(workload, Workload):
+            raise InvalidArgumentError("workload", workload, "a function that returns an autobatch.Workload")
+        workload.to(torch_device)
+        return workload
+    except Exception as exc:
+        if classify(exc) is not Tier.DEFINITE:
+            raise
+        failure = exc
+    raise DoesNotFitError(f"the model alone does not fit on {torch_device}: {_needs(builder)}") from failure
+
+
+def _call(builder: Callable[..., Any], torch_device: str) -> Any:
+    return builder(device=torch_device) if takes_device(builder) else builder()
+
+
+def takes_device(builder: Callable[..., Any]) -> bool:
+    """True if ``builder`` wants to know the device, to make its model there directly."""
+    return "device" in inspect.signature(builder).parameters
+
+
+def _needs(builder: Callable[..., Any]) -> str:
+    """How much the parameters and buffers take, counted on torch's device without memory where that is possible."""
+    from autobatch.units import format_bytes
+
+    if not takes_device(builder):
+        return "it ran out of memory while it was made"
+    model = builder(device="meta").model
+    size = sum(t.numel() * t.element_size() for t in {*model.parameters(), *model.buffers()})
+    return f"its parameters and buffers take {size} bytes ({format_bytes(size)})"
+
+
+def _end_with_parent() -> None:
+    """Asks the kernel to kill this process when its parent dies. Elsewhere than Linux a closed pipe ends it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
