@@ -96,8 +96,16 @@ def workload_errors(ctx: click.Context) -> Iterator[None]:
     except (AutobatchError, click.ClickException, click.exceptions.Exit):
         raise
     except Exception as exc:
-        text = "".join(traceback.format_exception(exc))
-        raise Failure(_workload_line(exc), WORKLOAD_FAILED, _tail(ctx, text)) from exc
+        raise Failure(_workload_line(exc), WORKLOAD_FAILED, _tail(ctx, _own_traceback(exc))) from exc
+
+
+def _own_traceback(exc: Exception) -> str:
+    """The traceback of the process that raised ``exc``: frames of this one say nothing about the workload."""
+    from autobatch.probe.processes import ChildTraceback
+
+    if isinstance(exc.__cause__, ChildTraceback):
+        return exc.__cause__.text
+    return "".join(traceback.format_exception(exc))
 
 
 def _workload_line(exc: Exception) -> str:

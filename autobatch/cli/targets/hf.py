@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autobatch.cli.targets.common import ModelOptions, nearest, refuse, trained
+from autobatch.cli.targets.hf_batches import image_batches, sequence_length, text_batches
 from autobatch.errors import InvalidArgumentError, MissingDependencyError
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from autobatch.probe.workload import Workload
 
 # The auto class of a task and the configurations it knows. The task of an architecture that knows several is the first
@@ -29,8 +28,7 @@ _TASKS: Mapping[str, tuple[str, str]] = {
 }
 TASKS = tuple(_TASKS)
 
-_DEFAULT_SEQ_LEN = 1024
-_DEFAULT_IMAGE_SIZE = 224
+_FULL_BLOCKS = "autobatch_full_blocks"
 _MAX_GRAD_NORM = 1.0  # what transformers.Trainer clips to unless told otherwise
 
 
@@ -56,7 +54,13 @@ class HFTarget:
         with torch.device(device):
             # Weights in fp32, as mixed precision keeps them, whatever the configuration was saved with.
             model = _auto_class(task).from_config(config, dtype=torch.float32)
-        sample, shape = _sample(task, model, config, self.options, device)
+        if task == "image-classification":
+            sample, shape = image_batches(config, self.options.image_size, device)
+        else:
+            length = sequence_length(model, config, self.options.seq_len)
+            sample, shape = text_batches(task, config, length, device), f"{length} tokens"
+            if task == "causal-lm":
+                _attend_to_full_blocks(model, length)
         return trained(
             model,
             sample,
@@ -134,75 +138,17 @@ def _prepare(config: Any, task: str, image_size: int | None) -> None:
         config.image_size = image_size
 
 
-def _sample(
-    task: str, model: nn.Module, config: Any, options: ModelOptions, device: str
-) -> tuple[Callable[[int], dict[str, Any]], str]:
-    """What makes batches for ``task``, and their shape for a person."""
-    import torch
+def _attend_to_full_blocks(model: Any, length: int) -> None:
+    """Causal attention without a mask, as blocks that are packed full get it.
 
-    if task == "image-classification":
-        size = options.image_size or getattr(config, "image_size", None) or _DEFAULT_IMAGE_SIZE
-        height, width = (size, size) if isinstance(size, int) else size
-        channels = getattr(config, "num_channels", 3)
+    transformers finds that out by reading values, which on a virtual GPU are zero and look like padding: attention with
+    a mask, which keeps a copy of it in every layer. Its extension point for attention without masks reads nothing.
+    """
+    import transformers
 
-        def images(n: int) -> dict[str, Any]:
-            return {
-                "pixel_values": torch.rand(n, channels, height, width, device=device),
-                "labels": torch.randint(config.num_labels, (n,), device=device),
-            }
-
-        return images, f"images {channels}x{height}x{width}"
-
-    length = _sequence_length(model, config, options.seq_len)
-    vocabulary = config.get_text_config().vocab_size
-
-    def sequences(n: int) -> dict[str, Any]:
-        ids = torch.randint(vocabulary, (n, length), device=device)
-        batch = {"input_ids": ids, **_labels(task, ids, config.num_labels)}
-        if task != "causal-lm":
-            # One padded token, because sequences differ in length: an all-ones mask is dropped, and with it the
-            # masked attention that training meets. Causal pre-training packs its blocks full and needs no mask.
-            batch["attention_mask"] = torch.ones_like(ids)
-            batch["attention_mask"][-1, -1] = 0
-        return batch
-
-    return sequences, f"{length} tokens"
-
-
-def _labels(task: str, ids: Any, classes: int) -> dict[str, Any]:
-    import torch
-
-    n, length = ids.shape
-    if task == "sequence-classification":
-        return {"labels": torch.randint(classes, (n,), device=ids.device)}
-    if task == "token-classification":
-        return {"labels": torch.randint(classes, (n, length), device=ids.device)}
-    if task == "question-answering":
-        positions = torch.randint(length, (2, n), device=ids.device)
-        return {"start_positions": positions[0], "end_positions": positions[1]}
-    return {"labels": ids.clone()}
-
-
-def _sequence_length(model: nn.Module, config: Any, wanted: int | None) -> int:
-    """``wanted``, or what the configuration allows up to 1024 tokens."""
-    limit = _longest(model, config)
-    if wanted is None:
-        return min(limit or _DEFAULT_SEQ_LEN, _DEFAULT_SEQ_LEN)
-    if limit is not None and wanted > limit:
-        allowed = f"at most {limit}, the positions of this configuration; give a local config.json with more"
-        raise InvalidArgumentError("seq_len", wanted, allowed)
-    return wanted
-
-
-def _longest(model: nn.Module, config: Any) -> int | None:
-    """Tokens that fit the positions of the model; None where it knows no such limit."""
-    from torch import nn
-
-    positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if positions is None or positions < 1:
-        return None
-    for name, module in model.named_modules():
-        # RoBERTa and its kin begin to count after the padding index, and lose that many positions.
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            return min(positions, module.num_embeddings - module.padding_idx - 1)
-    return positions
+    config = model.config.get_text_config()
+    windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    if model.config._attn_implementation != "sdpa" or any(window and window <= length for window in windows):
+        return
+    transformers.AttentionInterface.register(_FULL_BLOCKS, transformers.AttentionInterface()["sdpa"])
+    model.set_attn_implementation(_FULL_BLOCKS)
