@@ -1,0 +1,13 @@
+// What is assumed of kernels, which nobody looks into.
+#ifndef AUTOBATCH_KERNEL_H
+#define AUTOBATCH_KERNEL_H
+
+#include <driver_types.h>
+
+#define REGISTERS_PER_THREAD 32
+#define BLOCKS_PER_MULTIPROCESSOR 2
+
+cudaError_t check_launch(unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,
+                         unsigned block_z);
+
+#endif
