@@ -1,0 +1,48 @@
+# Every target sets up .venv by itself if it is missing. PYTHON=... uses that interpreter as it is instead.
+VENV := .venv
+ifeq ($(origin PYTHON),command line)
+  READY :=
+  RUN := PYTHONPATH=$(CURDIR) $(PYTHON)
+else
+  READY := $(VENV)/.ready
+  RUN := $(VENV)/bin/python
+endif
+PYTEST := $(RUN) -m pytest -q
+
+.PHONY: demo check test slow fix gpu bench clean
+
+demo: $(READY)  ## the main job on a real model: the largest batch of GPT-2 on an A100 that is not there
+	$(RUN) -m autobatch probe hf:gpt2 --seq-len 1024 --device a100-40gb
+
+check: $(READY)  ## format, lint, types
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+
+test: $(READY)  ## all tests but the slow ones
+	$(PYTEST) -m "not gpu and not gpu_values and not slow"
+	$(PYTEST) -m "gpu and not slow"
+
+slow: $(READY)
+	$(PYTEST) -m "slow and not gpu and not gpu_values"
+	$(PYTEST) -m "slow and gpu"
+
+fix: $(READY)
+	$(RUN) -m ruff format .
+	$(RUN) -m ruff check --fix .
+
+gpu: $(READY)  ## on a machine with a GPU: what looks at computed values runs too, and fails without one
+	AUTOBATCH_REQUIRE_GPU=1 $(PYTEST) -m "(gpu or gpu_values) and not slow"
+
+bench: $(READY)
+	$(RUN) -m benchmarks
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+# The C compiler is for the virtual GPU's driver; ziglang brings one where there is none.
+$(VENV)/.ready: setup.cfg pyproject.toml constraints.txt
+	python3 -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	command -v cc >/dev/null || $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check ziglang
+	touch $@

@@ -1,0 +1,168 @@
+"""What a step runs: batches of every shape, precision, clipping, accumulation, evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from autobatch.errors import InvalidArgumentError
+from autobatch.probe.workload import Workload
+
+
+@dataclass
+class Batch:
+    x: torch.Tensor
+    note: str = "kept"
+
+
+class Pair(NamedTuple):
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+class ReturnsLoss(nn.Module):
+    """Takes its batch in every way and returns its loss in the way asked for."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.weight = kind, nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Any, y: Any = None) -> Any:
+        loss = ((x.x if isinstance(x, Batch) else x) * self.weight).sum()
+        return {"scalar": loss, "tuple": (loss, x), "mapping": {"loss": loss}}[self.kind]
+
+
+def stepped(model: nn.Module, sample: Any, **options: Any) -> bool:
+    """Whether one training step changed the model's weight."""
+    before = model.weight.detach().clone()
+    Workload(model, torch.optim.SGD(model.parameters(), lr=1.0), sample=sample, **options).train_step(2)
+    assert model.weight.grad is None
+    return not torch.equal(before, model.weight)
+
+
+@pytest.mark.parametrize("kind", ["scalar", "tuple", "mapping"])
+@pytest.mark.parametrize(
+    "sample",
+    [
+        lambda n: torch.ones(n, 3),
+        lambda n: {"x": torch.ones(n, 3), "y": torch.ones(n)},
+        lambda n: (torch.ones(n, 3), torch.ones(n)),
+        lambda n: Pair(torch.ones(n, 3), torch.ones(n)),
+        lambda n: Batch(torch.ones(n, 3)),
+    ],
+    ids=["tensor", "mapping", "tuple", "namedtuple", "dataclass"],
+)
+def test_models_that_return_their_loss(kind: str, sample: Any) -> None:
+    assert stepped(ReturnsLoss(kind), sample)
+
+
+@pytest.mark.parametrize(
+    ("sample", "loss_fn"),
+    [
+        (lambda n: (torch.ones(n, 3), torch.zeros(n, 2)), functional.mse_loss),
+        (lambda n: torch.ones(n, 3), lambda output, batch: output.sum() + batch.sum()),
+    ],
+    ids=["pair", "batch"],
+)
+def test_a_loss_function_gets_the_target_or_the_batch(sample: Any, loss_fn: Any) -> None:
+    assert stepped(nn.Linear(3, 2), sample, loss_fn=loss_fn)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_autocast_and_scaler(precision: str) -> None:
+    model = nn.Linear(3, 2)
+    seen: list[torch.dtype] = []
+    model.register_forward_hook(lambda m, i, o: seen.append(o.dtype))
+    workload = Workload(
+        model,
+        torch.optim.SGD(model.parameters(), lr=1.0),
+        lambda out, y: functional.mse_loss(out.float(), y),
+        lambda n: (torch.ones(n, 3), torch.zeros(n, 2)),
+        precision=precision,
+        max_grad_norm=1.0,
+    )
+    before = model.weight.detach().clone()
+    workload.train_step(2)
+    assert seen == [torch.bfloat16 if precision == "bf16" else torch.float16]
+    assert (workload.scaler is not None) == (precision == "fp16")
+    assert not torch.equal(before, model.weight)
+
+
+def test_gradients_are_clipped_before_the_step() -> None:
+    model = nn.Linear(3, 1, bias=False)
+    before = model.weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    Workload(model, optimizer, sample=lambda n: 100 * torch.ones(n, 3), loss_fn=lambda o, b: o.sum()).train_step(1)
+    assert (before - model.weight).norm() > 100
+    before = model.weight.detach().clone()
+    Workload(
+        model, optimizer, sample=lambda n: 100 * torch.ones(n, 3), loss_fn=lambda o, b: o.sum(), max_grad_norm=1.0
+    ).train_step(1)
+    assert (before - model.weight).norm() == pytest.approx(1.0, abs=1e-4)
+
+
+def test_accumulation_runs_two_micro_batches_with_the_first_one_s_gradients_alive() -> None:
+    model, had_grad = nn.Linear(3, 1), []
+    model.register_forward_pre_hook(lambda m, i: had_grad.append(m.weight.grad is not None))
+    sizes: list[int] = []
+
+    def sample(n: int) -> torch.Tensor:
+        sizes.append(n)
+        return torch.ones(n, 3)
+
+    Workload(model, sample=sample, loss_fn=lambda o, b: o.sum(), accumulate=True).train_step(5)
+    assert sizes == [5, 5]
+    assert had_grad == [False, True]
+
+
+def test_evaluation_has_no_gradients_and_the_model_in_eval_mode() -> None:
+    model, seen = nn.Linear(3, 1), []
+    model.register_forward_hook(lambda m, i, o: seen.append((m.training, o.requires_grad)))
+    Workload(model, sample=lambda n: torch.ones(n, 3), loss_fn=lambda o, b: o.sum()).eval_step(2)
+    assert seen == [(False, False)]
+
+
+def test_the_last_output_lives_until_the_next_forward_and_no_longer_than_forget() -> None:
+    import weakref
+
+    outputs: list[weakref.ref[torch.Tensor]] = []
+    alive_at_forward: list[int] = []
+    model = nn.Linear(3, 1)
+    model.register_forward_pre_hook(lambda m, i: alive_at_forward.append(sum(r() is not None for r in outputs)))
+    model.register_forward_hook(lambda m, i, o: outputs.append(weakref.ref(o)))
+    workload = Workload(model, sample=lambda n: torch.ones(n, 3), loss_fn=lambda o, b: o.sum())
+    workload.train_step(2)
+    workload.train_step(2)
+    assert alive_at_forward == [0, 1]
+    workload.forget()
+    assert [ref() for ref in outputs] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("change", "argument"),
+    [
+        ({"model": "resnet"}, "model"),
+        ({"optimizer": 3}, "optimizer"),
+        ({"loss_fn": 3}, "loss_fn"),
+        ({"sample": None}, "sample"),
+        ({"precision": "int8"}, "precision"),
+        ({"max_grad_norm": 0}, "max_grad_norm"),
+        ({"mode": "test"}, "mode"),
+        ({"evaluate": 3}, "evaluate"),
+    ],
+)
+def test_wrong_arguments_are_named(change: dict[str, Any], argument: str) -> None:
+    right = {"model": nn.Linear(1, 1), "sample": lambda n: torch.ones(n, 1)}
+    with pytest.raises(InvalidArgumentError, match=f"^{argument}="):
+        Workload(**{**right, **change})
+
+
+def test_a_model_without_a_loss_says_what_is_missing() -> None:
+    workload = Workload(nn.Linear(3, 2), sample=lambda n: torch.ones(n, 3))
+    with pytest.raises(InvalidArgumentError, match="loss_fn"):
+        workload.train_step(2)
