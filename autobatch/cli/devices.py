@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from autobatch.device.base import Device, DeviceInfo
     from autobatch.virtual.catalog import Card
 
+_PIPE_WIDTH = 1000
+
 
 @click.command()
 @click.option("--virtual", is_flag=True, help="List the GPUs that a virtual one can be, with their figures.")
@@ -41,6 +43,7 @@ def devices(virtual: bool, as_json: bool) -> None:
             click.echo(json.dumps([dataclasses.asdict(card) for card in cards()], indent=2))
         else:
             _print(_catalog_table(cards()))
+            click.echo("outside: what a process takes beside torch's allocator. Your own: memory=24GiB,capability=8.6")
         return
     found, torch_view = local_devices(), torch_versions()
     if as_json:
@@ -108,19 +111,21 @@ def _plain(info: DeviceInfo) -> dict[str, Any]:
 def _print(table: Table) -> None:
     from rich.console import Console
 
-    # A pipe has no width: there a table takes what it needs, so that no figure is cut.
+    # A pipe has no width: there a table takes what it needs, so that a line stays a line.
     console = Console()
-    console.print(table, soft_wrap=not console.is_terminal)
+    if not console.is_terminal:
+        console.width = _PIPE_WIDTH
+    console.print(table)
 
 
 def _device_table(found: list[DeviceInfo]) -> Table:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title, justify in (("device", "left"), ("name", "left"), ("total", "right"), ("free", "right")):
-        table.add_column(title, justify="right" if justify == "right" else "left", no_wrap=True)
-    table.add_column("capability")
-    table.add_column("driver")
+    table.add_column("device", no_wrap=True)
+    table.add_column("name")
+    for title in ("total", "free", "capability", "driver"):
+        table.add_column(title, justify="right", no_wrap=True)
     table.add_column("used by others")
     for info in found:
         table.add_row(
@@ -153,8 +158,8 @@ def _catalog_table(cards: tuple[Card, ...]) -> Table:
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("--gpu", no_wrap=True)
-    table.add_column("name", no_wrap=True)
-    for title in ("memory", "outside torch", "capability", "SMs"):
+    table.add_column("name")
+    for title in ("memory", "outside", "capability", "SMs"):
         table.add_column(title, justify="right", no_wrap=True)
     for card in cards:
         table.add_row(

@@ -151,7 +151,7 @@ def _details(ctx: click.Context, exc: BaseException) -> str:
 
 
 def _tail(ctx: click.Context, text: str) -> str:
-    lines = text.strip().splitlines()
+    lines = text.rstrip().lstrip("\n").splitlines()
     if ctx.meta.get(_TRACEBACK_KEY) or len(lines) <= _SHOWN_LINES:
         return "\n".join(lines)
     return "\n".join([*lines[-_SHOWN_LINES:], "(the last lines; --traceback shows all of them)"])
