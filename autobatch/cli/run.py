@@ -16,12 +16,12 @@ _NOT_EXECUTABLE, _NOT_FOUND = 126, 127  # as a shell has it
 
 
 @click.command(name="run", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
-@click.option("--gpu", "gpus", multiple=True, required=True, metavar="NAME", help="The virtual GPU; may be repeated.")
+@click.option("--gpu", multiple=True, required=True, metavar="NAME", help="The virtual GPU; may be repeated.")
 @click.option("--count", type=click.IntRange(1, MOST_CARDS), default=1, help="That many of each --gpu.")
 @click.option("--any-capability", is_flag=True, help="Also GPUs for which this torch has no kernels.")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 @click.pass_context
-def run(ctx: click.Context, gpus: tuple[str, ...], count: int, any_capability: bool, command: tuple[str, ...]) -> None:
+def run(ctx: click.Context, gpu: tuple[str, ...], count: int, any_capability: bool, command: tuple[str, ...]) -> None:
     """Run COMMAND, and every process it starts, on virtual GPUs.
 
     The command's exit code is passed on. At its end, what each process used is printed on standard error.
@@ -29,7 +29,7 @@ def run(ctx: click.Context, gpus: tuple[str, ...], count: int, any_capability: b
     \b
         autobatch run --gpu a100-40gb -- python train.py --batch-size 64
     """
-    cards = _cards(gpus, count, any_capability=any_capability)
+    cards = _cards(gpu, count, any_capability=any_capability)
     if shutil.which(command[0]) is None:
         _say(f"command not found: {command[0]}")
         ctx.exit(_NOT_FOUND)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 
 from autobatch.units import format_bytes
 from autobatch.virtual.state import CardState, read_state
+
+_MOST_LETTERS = 100  # of a command, in the table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,13 +44,14 @@ def read_usage(state_path: Path, reports: Path) -> tuple[ProcessUsage, ...]:
 
 
 def _usage_of(index: int, card: CardState, told: Sequence[dict[str, Any]]) -> list[ProcessUsage]:
+    uuid = card.uuid.removeprefix("GPU-")  # the driver writes it, torch does not
     processes = {process.pid: process for process in card.processes}
-    reports = {report["pid"]: report for report in told if card.uuid in report["cards"]}
-    used = {pid for pid, report in reports.items() if report["cards"][card.uuid]["peak_reserved_bytes"]}
+    reports = {report["pid"]: report for report in told if uuid in report["cards"]}
+    used = {pid for pid, report in reports.items() if report["cards"][uuid]["peak_reserved_bytes"]}
     rows = []
     for pid in sorted(processes.keys() | used):
         process, report = processes.get(pid), reports.get(pid)
-        figures = report["cards"][card.uuid] if report else {}
+        figures = report["cards"][uuid] if report else {}
         rows.append(
             ProcessUsage(
                 card_index=index,
@@ -72,12 +76,17 @@ def format_usage(usage: Sequence[ProcessUsage]) -> list[str]:
 
 
 def _line(row: ProcessUsage) -> str:
-    command = " ".join(row.command) if row.command else "unknown: it ended without telling"
+    command = _shortened(row.command) if row.command else "unknown: it ended without telling"
     if row.alive:
         command = "unknown: it is still running"
     sizes = (row.peak_allocated_bytes, row.peak_reserved_bytes, row.driver_peak_bytes)
     counts = ("unknown" if count is None else str(count) for count in (row.retries, row.out_of_memory))
     return _columns(str(row.card_index), str(row.pid), *map(format_bytes, sizes), *counts, command)
+
+
+def _shortened(command: tuple[str, ...]) -> str:
+    line = " ".join(shlex.join(command).split())  # a program given with -c may have many lines
+    return line if len(line) <= _MOST_LETTERS else f"{line[: _MOST_LETTERS - 3]}..."
 
 
 def _columns(*cells: str) -> str:

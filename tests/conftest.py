@@ -1,0 +1,70 @@
+"""Which GPU the tests run on: a real one if there is one, else a virtual one that is attached here.
+
+Tests that need a GPU in their own process carry the mark ``gpu`` and run in a session of their own (``pytest -m gpu``,
+or by naming files under ``tests/gpu``), because a process that has a GPU is another process for everybody else's tests.
+"""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import os
+from pathlib import Path
+
+import pytest
+
+from autobatch.pytest_plugin import attach
+from autobatch.virtual.attach import present_state
+
+CARD = "a100-40gb"
+_GPU_FOLDER = Path(__file__).parent / "gpu"
+_GPU_MARKS, _OTHER_MARKS = ("gpu", "gpu_values"), ("slow", "distributed")
+
+
+def has_real_gpu() -> bool:
+    # Without torch, which would make it too late to attach, and without NVML, which is the driver's own.
+    return bool(glob.glob("/dev/nvidia[0-9]*") or glob.glob("/dev/dxg"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if _only_gpu_tests(config) and not has_real_gpu() and present_state() is None:
+        attach(CARD)
+
+
+def _only_gpu_tests(config: pytest.Config) -> bool:
+    if config.args and all(Path(arg.split("::")[0]).resolve().is_relative_to(_GPU_FOLDER) for arg in config.args):
+        return True
+    expression = config.getoption("markexpr")
+    others = [set(marks) for n in range(3) for marks in itertools.combinations(_OTHER_MARKS, n)]
+    return (
+        bool(expression)
+        and not any(_selects(expression, marks) for marks in others)
+        and any(_selects(expression, marks | {gpu}) for marks in others for gpu in _GPU_MARKS)
+    )
+
+
+def _selects(expression: str, marks: set[str]) -> bool:
+    class Marks(dict[str, bool]):
+        def __missing__(self, name: str) -> bool:
+            return name in marks
+
+    # pytest's own expressions are Python's, with marks for names.
+    return bool(eval(expression, {"__builtins__": {}}, Marks()))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if has_real_gpu():
+        return
+    elsewhere = pytest.mark.skip(reason="needs a GPU in its process: run `pytest -m gpu`")
+    no_values = pytest.mark.skip(reason="looks at computed values: needs a real GPU")
+    for item in items:
+        if item.get_closest_marker("gpu_values") is not None:
+            if not os.environ.get("AUTOBATCH_REQUIRE_GPU"):
+                item.add_marker(no_values)
+        elif item.get_closest_marker("gpu") is not None and present_state() is None:
+            item.add_marker(elsewhere)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu_values") is not None and not has_real_gpu():
+        pytest.fail("needs a real GPU, and AUTOBATCH_REQUIRE_GPU says that there must be one")

@@ -1,0 +1,224 @@
+"""What ``attach`` does to a process and its children. Each test has a process of its own, without a GPU before."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from autobatch.units import GIB, MIB
+from autobatch.virtual.catalog import find_card
+
+pytestmark = pytest.mark.gpu
+
+_OURS = ("AUTOBATCH_VIRTUAL_STATE", "LD_PRELOAD", "LD_LIBRARY_PATH", "TRITON_LIBCUDA_PATH", "CUDA_VISIBLE_DEVICES")
+CARD = "memory=8GiB,capability=8.6,outside=256MiB,name=mine"
+
+
+def run(code, tmp_path, *arguments, check=True, **variables):
+    """What ``code`` prints, run as a file in a process that has no virtual GPU yet."""
+    path = tmp_path / "program.py"
+    path.write_text(textwrap.dedent(code))
+    environment = {name: value for name, value in os.environ.items() if name not in _OURS} | variables
+    command = [sys.executable, str(path), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0 or not check, done.stderr
+    return done.stdout if check else done
+
+
+def test_torch_sees_the_card_of_the_catalog(tmp_path):
+    code = """
+        from autobatch.virtual.device import VirtualGPU
+        VirtualGPU("a100-40gb").attach()
+        import torch
+        p = torch.cuda.get_device_properties(0)
+        print(p.name, p.total_memory, p.major, p.minor, p.multi_processor_count, sep="|")
+        free, total = torch.cuda.mem_get_info()
+        print(total - free)
+    """
+    card = find_card("a100-40gb")
+    properties, outside = run(code, tmp_path).splitlines()
+    assert properties == f"{card.title}|{card.total_bytes}|8|0|108"
+    assert int(outside) == card.outside_bytes
+
+
+def test_out_of_memory_is_torchs_own(tmp_path):
+    code = """
+        import sys
+        from autobatch.virtual.device import VirtualGPU
+        VirtualGPU(sys.argv[1]).attach()
+        import torch
+        kept = torch.empty(7 << 30, dtype=torch.uint8, device="cuda")
+        try:
+            torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+        except torch.OutOfMemoryError as error:
+            print(str(error).split(".")[0])
+        print(torch.cuda.memory_stats()["num_ooms"])
+    """
+    assert run(code, tmp_path, CARD).splitlines() == ["CUDA out of memory", "1"]
+
+
+def test_nvml_tells_the_same(tmp_path):
+    code = """
+        import os, sys
+        from autobatch.virtual.device import VirtualGPU
+        VirtualGPU(sys.argv[1]).attach()
+        import pynvml, torch
+        torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        [process] = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+        print(pynvml.nvmlDeviceGetMemoryInfo(handle).used, process.pid == os.getpid(), process.usedGpuMemory)
+        print(pynvml.nvmlDeviceGetUUID(handle) == f"GPU-{torch.cuda.get_device_properties(0).uuid}")
+    """
+    used = GIB + 256 * MIB
+    assert run(code, tmp_path, CARD).splitlines() == [f"{used} True {used}", "True"]
+
+
+def test_several_cards_in_one_process(tmp_path):
+    code = """
+        import sys
+        from autobatch.virtual.device import VirtualGPU
+        VirtualGPU(sys.argv[1], count=3).attach()
+        import torch
+        print(torch.cuda.device_count(), len({str(torch.cuda.get_device_properties(i).uuid) for i in range(3)}))
+        kept = [torch.empty(6 << 30, dtype=torch.uint8, device=f"cuda:{i}") for i in range(3)]
+        print([torch.cuda.memory_reserved(i) >> 30 for i in range(3)])
+        moved = torch.ones(4, device="cuda:1").to("cuda:2")
+        print(moved.device)
+    """
+    assert run(code, tmp_path, CARD).splitlines() == ["3 3", "[6, 6, 6]", "cuda:2"]
+
+
+@pytest.mark.parametrize(
+    ("before", "said"),
+    [
+        ("import torch", "torch is imported already"),
+        ("VirtualGPU('t4').attach()", "already"),
+        ("gpu.attach()", "already"),
+    ],
+    ids=["torch", "another card", "the same card"],
+)
+def test_too_late_or_twice_is_said(tmp_path, before, said):
+    code = f"""
+        from autobatch.errors import DeviceError
+        from autobatch.virtual.device import VirtualGPU
+        gpu = VirtualGPU("t4")
+        {before}
+        try:
+            gpu.attach()
+        except DeviceError as error:
+            print(error)
+    """
+    assert said in run(code, tmp_path)
+
+
+def test_a_process_that_inherited_one_cannot_attach_another(tmp_path):
+    code = """
+        import subprocess, sys
+        from autobatch.errors import DeviceError
+        from autobatch.virtual.device import VirtualGPU
+        try:
+            VirtualGPU("t4").attach()
+        except DeviceError as error:
+            print("refused:", error)
+        else:
+            subprocess.run([sys.executable, __file__], check=True)
+    """
+    assert run(code, tmp_path).startswith("refused: this process has virtual GPUs already")
+
+
+def test_the_state_is_removed_at_the_end(tmp_path):
+    code = """
+        from autobatch.virtual.device import VirtualGPU
+        VirtualGPU("t4").attach()
+        import torch
+        torch.empty(1, device="cuda")
+    """
+    runtime = tmp_path / "runtime"
+    runtime.mkdir()
+    run(code, tmp_path, XDG_RUNTIME_DIR=str(runtime))
+    assert list(runtime.iterdir()) == []
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork", "forkserver"])
+def test_children_have_the_same_card(tmp_path, method):
+    code = f"""
+        import multiprocessing, sys
+        from autobatch.virtual.device import VirtualGPU
+
+        def free(queue):
+            import torch
+            torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+            queue.put(torch.cuda.mem_get_info()[0])
+
+        if __name__ == "__main__":
+            VirtualGPU({CARD!r}).attach()
+            context = multiprocessing.get_context({method!r})
+            queue = context.Queue()
+            child = context.Process(target=free, args=(queue,))
+            child.start()
+            in_child = queue.get()
+            child.join()
+            import torch
+            print(in_child >> 20, torch.cuda.mem_get_info()[0] >> 20)
+    """
+    # The child's context and tensor are gone when the parent looks, and the parent's own context has come.
+    assert run(code, tmp_path).split() == [str(8192 - 256 - 1024), str(8192 - 256)]
+
+
+def test_the_compiler_of_triton_finds_the_driver(tmp_path):
+    code = f"""
+        from autobatch.virtual.device import VirtualGPU
+        VirtualGPU({CARD!r}).attach()
+        import torch
+
+        @torch.compile
+        def f(x):
+            return torch.nn.functional.gelu(x) * 2
+
+        print(f(torch.zeros(1024, 1024, device="cuda", requires_grad=True)).shape)
+    """
+    assert run(code, tmp_path, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache")) == "torch.Size([1024, 1024])\n"
+
+
+@pytest.mark.parametrize(("visible", "count"), [("1", 1), ("1,0", 2), ("", 0), ("-1", 0), ("0,7,1", 1), ("uuid", 1)])
+def test_cuda_visible_devices_is_honoured(tmp_path, visible, count):
+    code = """
+        import os, sys
+        from autobatch.virtual.device import VirtualGPU
+        from autobatch.virtual.state import read_state
+        gpu = VirtualGPU("t4", count=2).attach()
+        uuids = [card.uuid for card in read_state(gpu.state_path)]
+        if os.environ["CUDA_VISIBLE_DEVICES"] == "uuid":
+            os.environ["CUDA_VISIBLE_DEVICES"] = uuids[1]
+        import torch
+        seen = [f"GPU-{torch.cuda.get_device_properties(i).uuid}" for i in range(torch.cuda.device_count())]
+        print([uuids.index(uuid) for uuid in seen])
+    """
+    order = eval(run(code, tmp_path, CUDA_VISIBLE_DEVICES=visible))
+    assert order == {"1": [1], "1,0": [1, 0], "0,7,1": [0], "uuid": [1]}.get(visible, [])
+    assert len(order) == count
+
+
+def test_the_attached_device_measures(tmp_path):
+    code = f"""
+        from autobatch.device.base import Device
+        from autobatch.virtual.device import VirtualGPU
+        gpu = VirtualGPU({CARD!r}, memory_limit_bytes=4 << 30).attach()
+        assert isinstance(gpu, Device) and not gpu.isolation().required
+        import torch
+        gpu.reset_peaks()
+        x = torch.empty(3 << 30, dtype=torch.uint8, device=gpu.torch_device)
+        m = gpu.measure()
+        print(m.peak_allocated_bytes >> 20, m.device_used_bytes >> 20, gpu.held_bytes() >> 20, gpu.budget_bytes() >> 20)
+        info = gpu.info()
+        print(info.virtual, info.total_bytes - info.free_bytes >> 20, info.others)
+        with gpu.restrict(2 << 30):
+            try:
+                torch.empty(1 << 20, device="cuda")
+            except torch.OutOfMemoryError:
+                print("restricted")
+    """
+    assert run(code, tmp_path).splitlines() == ["3072 3328 3072 4096", "True 3328 ()", "restricted"]

@@ -1,0 +1,313 @@
+"""``autobatch run`` from the outside: the command line, real commands, what is printed and what is left behind."""
+
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from autobatch.units import parse_bytes
+
+RUN = [sys.executable, "-m", "autobatch", "run"]
+MIB = 2**20
+
+
+class Row:
+    """One line of the table that is printed at the end."""
+
+    def __init__(self, line):
+        sizes = r"([\d.]+ \w+|unknown)"
+        columns = re.compile(
+            rf"autobatch: +(\d+) +(\d+) +{sizes} +{sizes} +{sizes} +(\d+|unknown) +(\d+|unknown)  (.*)"
+        )
+        card, pid, *figures, self.process = columns.fullmatch(line).groups()
+        self.card, self.pid = int(card), int(pid)
+        sizes = [None if text == "unknown" else parse_bytes(text) for text in figures[:3]]
+        self.allocated, self.reserved, self.driver = sizes
+        self.retries, self.ooms = [None if text == "unknown" else int(text) for text in figures[3:]]
+
+
+class Done:
+    def __init__(self, done):
+        self.exit_code, self.stdout, self.stderr = done.returncode, done.stdout, done.stderr
+        lines = self.stderr.splitlines()
+        heads = [index for index, line in enumerate(lines) if re.match(r"autobatch: +GPU +pid", line)]
+        self.rows = [Row(line) for line in lines[heads[0] + 1 :]] if heads else []
+
+
+def run(*arguments, variables=(), stdin=None):
+    done = subprocess.run(
+        [*RUN, *map(str, arguments)],
+        env=os.environ | dict(variables),
+        capture_output=True,
+        text=True,
+        input=stdin,
+        timeout=240,
+        check=False,
+    )
+    return Done(done)
+
+
+def script(tmp_path, code):
+    path = tmp_path / "train.py"
+    path.write_text(textwrap.dedent(code))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("command", "exit_code"), [("exit 0", 0), ("exit 7", 7), ("kill -9 $$", 137), ("kill -TERM $$", 143)]
+)
+def test_passes_the_exit_code_on(command, exit_code):
+    assert run("--gpu", "t4", "--", "sh", "-c", command).exit_code == exit_code
+
+
+def test_a_command_that_is_not_there():
+    done = run("--gpu", "t4", "--", "no-such-command")
+    assert done.exit_code == 127
+    assert done.stderr == "autobatch: command not found: no-such-command\n"
+
+
+def test_a_command_that_cannot_be_executed(tmp_path):
+    path = script(tmp_path, "")
+    path.chmod(0o755)  # neither a program nor a script that names its interpreter
+    done = run("--gpu", "t4", "--", path)
+    assert done.exit_code == 126
+    assert "cannot be run" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--gpu", "a100", "--", "true"], "a100-40gb"),
+        (["--gpu", "memory=24GiB", "--", "true"], "capability"),
+        (["--gpu", "v100-16gb", "--", "true"], "no kernels below 7.5"),
+        (["--gpu", "t4", "--count", "0", "--", "true"], "--count"),
+        (["--gpu", "t4", "--gpu", "l4", "--count", "9", "--", "true"], "--count"),
+        (["--gpu", "t4"], "COMMAND"),
+        (["--", "true"], "--gpu"),
+    ],
+)
+def test_bad_usage_is_one_clear_error(arguments, said):
+    done = run(*arguments)
+    assert done.exit_code in (2, 3)
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_any_capability_allows_a_card_without_kernels():
+    code = "import torch; print(torch.cuda.get_device_capability())"
+    done = run("--gpu", "v100-16gb", "--any-capability", "--", sys.executable, "-c", code)
+    assert done.stdout == "(7, 0)\n"
+
+
+def test_the_commands_own_options_and_streams_are_its_own():
+    code = "import sys; print(sys.argv[1:]); print(sys.stdin.read().upper())"
+    done = run("--gpu", "t4", sys.executable, "-c", code, "--count", "3", "--", "--gpu", stdin="typed")
+    assert done.stdout == "['--count', '3', '--', '--gpu']\nTYPED\n"
+
+
+def test_warns_that_values_are_zero_and_files_are_real(tmp_path):
+    path = tmp_path / "checkpoint"
+    done = run("--gpu", "t4", "--", "touch", path)
+    assert path.exists()
+    assert "every value computed there is zero" in done.stderr
+    assert "writes its files" in done.stderr
+    assert "no process used a GPU" in done.stderr
+
+
+def test_leaves_no_file_behind(tmp_path):
+    code = "import torch; torch.empty(1, device='cuda')"
+    done = run("--gpu", "t4", "--", sys.executable, "-c", code, variables={"XDG_RUNTIME_DIR": str(tmp_path)})
+    assert done.exit_code == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tells_what_the_process_used(tmp_path):
+    path = script(
+        tmp_path,
+        """
+        import torch
+        a = torch.empty(512 << 20, dtype=torch.uint8, device="cuda")
+        del a
+        b = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+        try:
+            torch.empty(30 << 30, dtype=torch.uint8, device="cuda")
+        except torch.OutOfMemoryError:
+            print(torch.cuda.get_device_name())
+        """,
+    )
+    done = run("--gpu", "memory=24GiB,capability=8.6,outside=100MiB,name=mine", "--", sys.executable, path)
+    assert (done.exit_code, done.stdout) == (0, "mine\n")
+    [row] = done.rows
+    assert (row.card, row.retries, row.ooms) == (0, 1, 1)
+    assert (row.allocated, row.reserved) == (512 * MIB, 512 * MIB)
+    assert row.driver == 612 * MIB
+    assert row.process == f"{sys.executable} {path}"
+
+
+@pytest.mark.parametrize(
+    ("options", "ending", "exit_code"),
+    [([], "os._exit(3)", 3), ([], "os.kill(os.getpid(), 9)", 137), (["-I"], "sys.exit(5)", 5)],
+    ids=["os._exit", "SIGKILL", "isolated"],
+)
+def test_the_driver_tells_of_a_process_that_cannot(options, ending, exit_code):
+    code = f"import os, sys, torch; a = torch.empty(1 << 28, dtype=torch.uint8, device='cuda'); {ending}"
+    gpu = "memory=24GiB,capability=8.6,outside=100MiB"
+    done = run("--gpu", gpu, "--", sys.executable, *options, "-c", code)
+    assert done.exit_code == exit_code
+    [row] = done.rows
+    assert (row.allocated, row.reserved, row.retries, row.ooms) == (None, None, None, None)
+    assert row.driver == 356 * MIB
+    assert "unknown" in row.process
+
+
+def test_children_share_the_cards_and_are_told_apart(tmp_path):
+    path = script(
+        tmp_path,
+        """
+        import sys, torch
+        index, mib = int(sys.argv[1]), int(sys.argv[2])
+        torch.empty(mib << 20, dtype=torch.uint8, device=f"cuda:{index}")
+        """,
+    )
+    shell = f"{sys.executable} {path} 0 100 && {sys.executable} {path} 1 200"
+    done = run("--gpu", "t4", "--gpu", "l4", "--", "sh", "-c", shell)
+    assert done.exit_code == 0
+    assert [(row.card, row.allocated) for row in done.rows] == [(0, 100 * MIB), (1, 200 * MIB)]
+    assert len({row.pid for row in done.rows}) == 2
+
+
+@pytest.mark.parametrize("visible", ["1", '"$($python ask.py)"'], ids=["index", "uuid"])
+def test_hidden_cards_keep_their_place_in_the_table(tmp_path, visible):
+    (tmp_path / "ask.py").write_text("import torch; print(f'GPU-{torch.cuda.get_device_properties(1).uuid}')\n")
+    (tmp_path / "use.py").write_text("import torch; print(torch.cuda.device_count()); torch.ones(9, device='cuda')\n")
+    shell = f"cd {tmp_path}; python={sys.executable}; CUDA_VISIBLE_DEVICES={visible} $python use.py"
+    done = run("--gpu", "t4", "--count", "2", "--", "sh", "-c", shell)
+    assert done.stdout == "1\n"
+    assert [row.card for row in done.rows if row.allocated] == [1]
+
+
+def test_no_card_is_visible_where_the_user_hides_all():
+    code = "import torch; print(torch.cuda.is_available())"
+    done = run("--gpu", "t4", "--", sys.executable, "-c", code, variables={"CUDA_VISIBLE_DEVICES": ""})
+    assert (done.stdout, done.rows) == ("False\n", [])
+
+
+def test_spawned_loader_workers_have_the_gpu(tmp_path):
+    path = script(
+        tmp_path,
+        """
+        import torch
+        from torch.utils.data import DataLoader, Dataset
+
+        class Devices(Dataset):
+            def __len__(self): return 2
+            def __getitem__(self, index): return torch.cuda.is_available()
+
+        if __name__ == "__main__":
+            loader = DataLoader(Devices(), num_workers=1, multiprocessing_context="spawn", pin_memory=True)
+            print([bool(available) for available in loader])
+        """,
+    )
+    done = run("--gpu", "t4", "--", sys.executable, path)
+    assert (done.exit_code, done.stdout) == (0, "[True, True]\n")
+
+
+RANK = """
+import os, torch, torch.distributed as dist
+rank = int(os.environ["LOCAL_RANK"])
+torch.cuda.set_device(rank)
+dist.init_process_group("nccl")
+model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(1024, 1024).cuda())
+optimizer = torch.optim.AdamW(model.parameters())
+for _ in range(2):
+    model(torch.randn(8, 1024, device="cuda")).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.distributed
+def test_torchrun_with_nccl_one_rank_a_card(tmp_path):
+    torchrun = Path(sys.executable).with_name("torchrun")
+    path = script(tmp_path, RANK)
+    done = run("--gpu", "t4", "--count", "2", "--", torchrun, "--standalone", "--nproc-per-node", 2, path)
+    assert done.exit_code == 0, done.stderr
+    ranks = [row for row in done.rows if row.allocated]
+    assert [row.card for row in ranks] == [0, 1]
+    # Parameters, gradients, DDP's bucket and two moments, 4 MiB each, and cuBLAS's workspace.
+    assert all(20 * MIB < row.allocated < 60 * MIB for row in ranks)
+
+
+@pytest.mark.distributed
+def test_accelerate_launch(tmp_path):
+    pytest.importorskip("accelerate")
+    accelerate = Path(sys.executable).with_name("accelerate")
+    code = """
+        import torch
+        from accelerate import Accelerator
+
+        accelerator = Accelerator(mixed_precision="bf16")
+        model = torch.nn.Linear(1024, 1024)
+        model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        accelerator.backward(model(torch.randn(8, 1024, device=accelerator.device)).sum())
+        optimizer.step()
+        print(accelerator.device, accelerator.num_processes)
+        accelerator.end_training()
+    """
+    command = [accelerate, "launch", "--num_processes", 2, "--multi_gpu", "--mixed_precision", "bf16"]
+    done = run("--gpu", "l4", "--count", "2", "--", *command, script(tmp_path, code))
+    assert done.exit_code == 0, done.stderr
+    assert sorted(done.stdout.split("\n")[:-1]) == ["cuda:0 2", "cuda:1 2"]
+
+
+COUNTS_SIGNALS = """
+import signal, sys, time
+received = []
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, frame: received.append(number))
+print("ready", flush=True)
+while not received:
+    time.sleep(0.05)
+time.sleep(0.5)
+print(*received, flush=True)
+sys.exit(40 + len(received))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_forwards_signals_once(number):
+    command = [*RUN, "--gpu", "t4", "--", sys.executable, "-c", COUNTS_SIGNALS]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        assert process.stdout.read().split() == [str(int(number))]
+    assert process.returncode == 41
+
+
+def test_ctrl_c_at_a_terminal_reaches_the_command_once():
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, [*RUN, "--gpu", "t4", "--", sys.executable, "-c", COUNTS_SIGNALS])
+    said = b""
+    deadline = time.monotonic() + 60
+    pressed = False
+    while time.monotonic() < deadline:
+        try:
+            said += os.read(terminal, 1024)
+        except OSError:  # Linux's way to say that the other end is closed
+            break
+        if b"ready" in said and not pressed:
+            os.write(terminal, b"\x03")
+            pressed = True
+    os.close(terminal)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 41, said
