@@ -193,6 +193,8 @@ def _table(result: BatchSizeResult) -> list[str]:
 
 def _conclusion(result: BatchSizeResult) -> str:
     device = result.environment.get("device", "an unknown device")
+    if result.environment.get("virtual"):
+        device = f"{device} (virtual)"
     reasons = {
         "next_size_failed": f"{result.smallest_failure} does not fit",
         "max_batch_size": "the largest size allowed",

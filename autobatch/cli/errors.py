@@ -127,7 +127,8 @@ def _exit_code(exc: AutobatchError) -> int:
 
 def _line(ctx: click.Context, exc: AutobatchError) -> str:
     if isinstance(exc, InvalidArgumentError) and (spelling := _spelling(ctx, exc.argument)):
-        return f"{spelling} {exc.value}: must be {exc.allowed}"
+        value = "" if exc.value is True else f" {exc.value}"
+        return f"{spelling}{value}: must be {exc.allowed}"
     if isinstance(exc, WorkloadFailedError):
         return f"the workload failed by itself: {exc}"
     return str(exc)

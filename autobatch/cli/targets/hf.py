@@ -80,7 +80,7 @@ class HFTarget:
         config = _config(self.name)
         tasks = [task for task in TASKS if type(config) in _mapping(task)]
         if not tasks:
-            allowed = f"hf: with an architecture for one of {', '.join(TASKS)}; write a function for others"
+            allowed = f"hf: followed by an architecture for one of {', '.join(TASKS)}; write a function for others"
             raise InvalidArgumentError("target", self.title, allowed)
         task = self.options.task or tasks[0]
         if task not in tasks:
@@ -117,7 +117,7 @@ def _config(name: str) -> Any:
             raise InvalidArgumentError("target", f"hf:{name}", message) from exc
     known = list(CONFIG_MAPPING.keys())
     if name not in known:
-        message = f"hf: with a model type of transformers or a local path; nearest: {nearest(name, known)}"
+        message = f"hf: followed by a transformers model type or a local path; nearest: {nearest(name, known)}"
         raise InvalidArgumentError("target", f"hf:{name}", message)
     return CONFIG_MAPPING[name]()
 

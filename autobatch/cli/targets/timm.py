@@ -32,7 +32,7 @@ class TimmTarget:
             raise MissingDependencyError("timm: targets need timm: pip install 'autobatch-torch[vision]'") from exc
         architecture = self.name.partition(".")[0]
         if not timm.is_model(architecture):
-            allowed = f"timm: with a model of timm; nearest: {nearest(architecture, timm.list_models())}"
+            allowed = f"timm: followed by a model of timm; nearest: {nearest(architecture, timm.list_models())}"
             raise InvalidArgumentError("target", self.title, allowed)
 
     def __call__(self, device: str) -> Workload:

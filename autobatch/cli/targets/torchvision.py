@@ -63,7 +63,7 @@ class TorchvisionTarget:
         classifying, segmenting = models.list_models(module=models), models.list_models(module=models.segmentation)
         if self.name not in (*classifying, *segmenting):
             near = nearest(self.name, [*classifying, *segmenting])
-            allowed = f"torchvision: with a classification or segmentation model; nearest: {near}"
+            allowed = f"torchvision: followed by a classification or segmentation model; nearest: {near}"
             raise InvalidArgumentError("target", self.title, allowed)
         return self.name in segmenting
 
