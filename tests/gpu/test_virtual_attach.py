@@ -142,7 +142,7 @@ def test_the_state_is_removed_at_the_end(tmp_path):
     assert list(runtime.iterdir()) == []
 
 
-@pytest.mark.parametrize("method", ["spawn", "fork", "forkserver"])
+@pytest.mark.parametrize("method", ["spawn", "fork"])
 def test_children_have_the_same_card(tmp_path, method):
     code = f"""
         import multiprocessing, sys
@@ -168,38 +168,52 @@ def test_children_have_the_same_card(tmp_path, method):
     assert run(code, tmp_path).split() == [str(8192 - 256 - 1024), str(8192 - 256)]
 
 
-def test_the_compiler_of_triton_finds_the_driver(tmp_path):
+def test_triton_finds_the_driver(tmp_path):
     code = f"""
         from autobatch.virtual.device import VirtualGPU
         VirtualGPU({CARD!r}).attach()
-        import torch
+        import torch, triton
+        import triton.language as tl
 
-        @torch.compile
-        def f(x):
-            return torch.nn.functional.gelu(x) * 2
+        @triton.jit
+        def double(x, n, BLOCK: tl.constexpr):
+            at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+            tl.store(x + at, 2 * tl.load(x + at, mask=at < n), mask=at < n)
 
-        print(f(torch.zeros(1024, 1024, device="cuda", requires_grad=True)).shape)
+        x = torch.zeros(1024, device="cuda")
+        print(double[(8,)](x, 1024, BLOCK=128).metadata.target.arch)
     """
-    assert run(code, tmp_path, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache")) == "torch.Size([1024, 1024])\n"
+    assert run(code, tmp_path, TRITON_CACHE_DIR=str(tmp_path / "cache")) == "86\n"
 
 
-@pytest.mark.parametrize(("visible", "count"), [("1", 1), ("1,0", 2), ("", 0), ("-1", 0), ("0,7,1", 1), ("uuid", 1)])
-def test_cuda_visible_devices_is_honoured(tmp_path, visible, count):
+def test_cuda_visible_devices_is_honoured(tmp_path):
     code = """
-        import os, sys
+        import os
         from autobatch.virtual.device import VirtualGPU
         from autobatch.virtual.state import read_state
         gpu = VirtualGPU("t4", count=2).attach()
         uuids = [card.uuid for card in read_state(gpu.state_path)]
-        if os.environ["CUDA_VISIBLE_DEVICES"] == "uuid":
-            os.environ["CUDA_VISIBLE_DEVICES"] = uuids[1]
         import torch
-        seen = [f"GPU-{torch.cuda.get_device_properties(i).uuid}" for i in range(torch.cuda.device_count())]
-        print([uuids.index(uuid) for uuid in seen])
+
+        def seen(visible):
+            os.environ["CUDA_VISIBLE_DEVICES"] = visible
+            found = [f"GPU-{torch.cuda.get_device_properties(i).uuid}" for i in range(torch.cuda.device_count())]
+            print(repr(visible if visible not in uuids else "uuid"), [uuids.index(uuid) for uuid in found], flush=True)
+
+        for visible in ("1", "1,0", "", "-1", "0,7,1", uuids[1]):
+            if os.fork() == 0:  # torch is imported and has not looked for a GPU: each child decides for itself
+                seen(visible)
+                os._exit(0)
+            os.wait()
     """
-    order = eval(run(code, tmp_path, CUDA_VISIBLE_DEVICES=visible))
-    assert order == {"1": [1], "1,0": [1, 0], "0,7,1": [0], "uuid": [1]}.get(visible, [])
-    assert len(order) == count
+    assert run(code, tmp_path).splitlines() == [
+        "'1' [1]",
+        "'1,0' [1, 0]",
+        "'' []",
+        "'-1' []",
+        "'0,7,1' [0]",
+        "'uuid' [1]",
+    ]
 
 
 def test_the_attached_device_measures(tmp_path):

@@ -28,9 +28,12 @@ class Row:
         )
         card, pid, *figures, self.process = columns.fullmatch(line).groups()
         self.card, self.pid = int(card), int(pid)
-        sizes = [None if text == "unknown" else parse_bytes(text) for text in figures[:3]]
-        self.allocated, self.reserved, self.driver = sizes
+        self.allocated, self.reserved, self.driver = map(self._size, figures[:3])
         self.retries, self.ooms = [None if text == "unknown" else int(text) for text in figures[3:]]
+
+    @staticmethod
+    def _size(text):
+        return {"unknown": None, "0 B": 0}[text] if text in ("unknown", "0 B") else parse_bytes(text)
 
 
 class Done:
@@ -165,6 +168,37 @@ def test_the_driver_tells_of_a_process_that_cannot(options, ending, exit_code):
     assert (row.allocated, row.reserved, row.retries, row.ooms) == (None, None, None, None)
     assert row.driver == 356 * MIB
     assert "unknown" in row.process
+
+
+def test_a_process_that_outlives_the_command(tmp_path):
+    child = f"""
+        import os, time, torch
+        held = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
+        print("holding", flush=True)
+        while not os.path.exists("{tmp_path}/end"):
+            time.sleep(0.05)
+    """
+    path = script(tmp_path, child)
+    parent = f"""
+        import subprocess, sys
+        child = subprocess.Popen([sys.executable, "{path}"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        print(child.stdout.readline(), child.pid)
+    """
+    done = run(
+        "--gpu", "memory=8GiB,capability=8.6,outside=100MiB", "--", sys.executable, "-c", textwrap.dedent(parent)
+    )
+    (tmp_path / "end").touch()
+    assert done.exit_code == 0
+    [row] = done.rows
+    assert (row.driver, row.allocated) == (356 * MIB, None)
+    assert row.process == "unknown: it is still running"
+
+
+def test_the_users_own_start_up_code_and_paths_stay(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import os; os.environ['STARTED'] = 'theirs'")
+    code = "import os; print(os.environ['STARTED'], os.environ['PYTHONPATH'].split(':')[1:])"
+    done = run("--gpu", "t4", "--", sys.executable, "-c", code, variables={"PYTHONPATH": str(tmp_path)})
+    assert done.stdout == f"theirs ['{tmp_path}']\n"
 
 
 def test_children_share_the_cards_and_are_told_apart(tmp_path):

@@ -36,7 +36,7 @@ def python(tmp_path):
         environment = os.environ | {"PYTHONPATH": path, "AUTOBATCH_RUN_REPORTS": str(reports)} | dict(variables)
         command = [sys.executable, *options, "-c", code]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        return done, [json.loads(file.read_text()) for file in reports.iterdir()]
+        return done, [json.loads(file.read_text()) for file in reports.iterdir() if file.is_file()]
 
     run.modules = tmp_path / "modules"
     return run
@@ -100,7 +100,14 @@ def test_costs_no_import_of_torch(python):
     assert done.stdout.split() == ["False", "True"]
 
 
-def test_an_unwritable_place_is_said_and_harms_nothing(python, tmp_path):
-    done, _ = python("import torch.cuda", variables={"AUTOBATCH_RUN_REPORTS": str(tmp_path / "gone")})
+def test_a_report_that_cannot_be_written_is_said_and_harms_nothing(python):
+    done, _ = python(
+        "import os, torch.cuda; os.mkdir(os.path.join(os.environ['AUTOBATCH_RUN_REPORTS'], f'{os.getpid()}.json'))"
+    )
     assert done.returncode == 0
     assert "could not be written" in done.stderr
+
+
+def test_a_process_that_outlives_the_run_is_silent(python, tmp_path):
+    done, _ = python("import torch.cuda", variables={"AUTOBATCH_RUN_REPORTS": str(tmp_path / "gone")})
+    assert (done.returncode, done.stderr) == (0, "")

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
 def _write_usage() -> None:
     cuda = sys.modules.get("torch.cuda")
-    folder = os.environ.get("AUTOBATCH_RUN_REPORTS")
-    if not folder or cuda is None or not cuda.is_initialized():
+    folder = os.environ.get("AUTOBATCH_RUN_REPORTS", "")
+    # Without the folder the run has ended before this process, and nobody asks any more.
+    if cuda is None or not cuda.is_initialized() or not os.path.isdir(folder):
         return
     usage = {"pid": os.getpid(), "command": list(sys.orig_argv), "cards": _cards(cuda)}
     path = os.path.join(folder, f"{os.getpid()}.json")
