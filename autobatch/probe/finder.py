@@ -164,7 +164,9 @@ class _Probe:
 
     def _confirm(self, size: int, mode: str) -> Trial:
         fresh = replace(self._request(size, mode, CONFIRM_STEPS), history="a fresh start")
-        after_small = replace(fresh, history="smaller batches", sizes_before=(1, 1))
+        # The smallest that ran, which is one sample unless the caller started higher (batch norm refuses one).
+        smallest = min(t.batch_size for t in self.trials if t.fits and t.mode == mode)
+        after_small = replace(fresh, history="smaller batches", sizes_before=(smallest, smallest))
         attempts = self.executor.confirm((fresh, after_small))
         self.confirmation += [self._told(attempt.trial) for attempt in attempts]
         return attempts[-1].trial

@@ -47,10 +47,15 @@ class WorkerLostError(Exception):
         self.tier = tier
 
 
+class SilenceError(WorkloadFailedError):
+    """A child process said nothing for too long."""
+
+
 class Server:
     """The child that has imported everything. Its whole session is killed at the end, grandchildren included."""
 
     def __init__(self, job: Job, environment: Mapping[str, str], answer_within_s: float) -> None:
+        self.is_host = job.device == "cpu"
         ours, theirs = socket.socketpair()
         root = str(Path(autobatch.__file__).parent.parent)
         code = f"import sys; sys.path.insert(0, {root!r}); from autobatch.probe.worker import serve; serve({{}})"
@@ -125,11 +130,8 @@ class Worker:
             trial, suspect = _answer(self._connection, self._answer_within_s, f"batch {request.batch_size}")
         except (EOFError, ConnectionError):
             status = self._reap()
-            signal_number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
-            exhausted = request.limit_bytes is not None or _out_of_memory_kills() != self._kills_before
-            tier = classify_exit(signal_number, memory_exhausted=exhausted)
-            raise WorkerLostError(f"the child process {_end(status)}", tier) from None
-        except TimeoutError as exc:
+            raise WorkerLostError(f"the child process {_end(status)}", self._meaning(status)) from None
+        except SilenceError as exc:
             self.close()
             raise WorkerLostError(str(exc), None) from None
         except BaseException:
@@ -144,6 +146,13 @@ class Worker:
                 os.kill(self._pid, signal.SIGKILL)
             self._reap()
 
+    def _meaning(self, status: int) -> Tier | None:
+        """What the worker's end says about memory: the kernel kills for lack of it, a limit makes code crash."""
+        number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+        killed_for_memory = _out_of_memory_kills() != self._kills_before
+        exhausted = killed_for_memory if number == signal.SIGKILL else self._server.is_host
+        return classify_exit(number, memory_exhausted=exhausted)
+
     def _reap(self) -> int:
         if self._status is None:
             self._connection.close()
@@ -153,7 +162,7 @@ class Worker:
 
 def _answer(connection: Connection, within_s: float, doing: str) -> Any:
     if not connection.poll(within_s):
-        raise TimeoutError(f"{doing}: no answer within {within_s:.0f} s")
+        raise SilenceError(f"{doing}: no answer within {within_s:.0f} s")
     answer = connection.recv()
     if isinstance(answer, Failure):
         raise answer.exception from ChildTraceback(answer.traceback_text)

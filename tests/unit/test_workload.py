@@ -103,7 +103,7 @@ def test_gradients_are_clipped_before_the_step() -> None:
     Workload(
         model, optimizer, sample=lambda n: 100 * torch.ones(n, 3), loss_fn=lambda o, b: o.sum(), max_grad_norm=1.0
     ).train_step(1)
-    assert (before - model.weight).norm() == pytest.approx(1.0, abs=1e-4)
+    assert (before - model.weight).norm().item() == pytest.approx(1.0, abs=1e-4)
 
 
 def test_accumulation_runs_two_micro_batches_with_the_first_one_s_gradients_alive() -> None:

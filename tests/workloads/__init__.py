@@ -1,0 +1,1 @@
+"""Workloads that child processes import by name."""
