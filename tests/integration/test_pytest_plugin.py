@@ -1,7 +1,9 @@
 """``pytest --virtual-gpu`` in sessions of its own, and how our own sessions choose their GPU."""
 
+import glob
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import types
@@ -12,11 +14,11 @@ import pytest
 CONFTEST = Path(__file__).parents[1] / "conftest.py"
 
 
-def session(tmp_path, code, *arguments):
+def session(tmp_path, code, *arguments, **variables):
     (tmp_path / "test_it.py").write_text(code)
     # A session of ours that has a GPU hands it to its children; these are to begin without.
     ours = ("AUTOBATCH_VIRTUAL_STATE", "LD_PRELOAD", "LD_LIBRARY_PATH")
-    environment = {name: value for name, value in os.environ.items() if name not in ours}
+    environment = {name: value for name, value in os.environ.items() if name not in ours} | variables
     return subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments, "test_it.py"],
         cwd=tmp_path,
@@ -60,6 +62,32 @@ def test_too_late_is_a_usage_error(tmp_path):
     done = session(tmp_path, "", "-p", "early", "--virtual-gpu", "t4")
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
     assert "torch is imported already" in done.stderr
+
+
+MARKED = """
+import pytest, torch
+
+@pytest.mark.gpu
+def test_memory(): assert torch.cuda.is_available()
+
+@pytest.mark.gpu_values
+def test_values(): pass
+"""
+
+
+@pytest.mark.skipif(bool(glob.glob("/dev/nvidia[0-9]*")), reason="there is a real GPU")
+@pytest.mark.parametrize(
+    ("arguments", "variables", "outcomes"),
+    [
+        (["-m", "gpu or gpu_values"], {}, r"1 passed, 1 skipped"),
+        (["-m", "gpu or gpu_values"], {"AUTOBATCH_REQUIRE_GPU": "1"}, r"1 passed.*1 error"),
+        ([], {}, r"2 skipped"),
+    ],
+    ids=["gpu session", "make gpu", "plain session"],
+)
+def test_tests_of_values_want_a_real_gpu(tmp_path, arguments, variables, outcomes):
+    (tmp_path / "conftest.py").write_text(CONFTEST.read_text())
+    assert re.search(outcomes, session(tmp_path, MARKED, *arguments, **variables).stdout)
 
 
 @pytest.mark.parametrize(
