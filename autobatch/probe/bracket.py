@@ -33,6 +33,8 @@ class Bracket:
     out_of_time: Callable[[], bool]
     low: int = 0
     high: int | None = None
+    doubt: float = 0.0
+    """By how many samples the aim may be wrong, judged by how far the latest peaks moved it."""
     trials: dict[int, Trial] = field(default_factory=dict)
     """By rank, in the order asked."""
     failure: Trial | None = None
@@ -75,29 +77,43 @@ class Bracket:
         """The rank of the largest permitted size not above ``size``."""
         return self.rounding.rank(int(size))
 
+    def ranks(self, samples: float) -> int:
+        """How many permitted sizes there are in ``samples`` below the aim."""
+        return 0 if self.aim is None else self.rank(self.aim) - self.rank(self.aim - samples)
+
     def is_above(self, size: float) -> bool:
         """True if a failure says that ``size`` does not fit."""
         return self.high is not None and self.rank(size) >= self.high
 
+    def guess(self, rank: int) -> bool:
+        """As :meth:`try_rank`, at the nearest rank that the budget allows."""
+        return self.try_rank(self._affordable(max(rank, self.low + 1)))
+
     def try_rank(self, rank: int) -> bool:
-        """Asks the size at ``rank``, or at the nearest that the bracket and the budget allow, and learns from it."""
+        """Asks the size at ``rank``, or at the nearest rank inside the bracket, and learns from the answer."""
         rank = max(rank, self.low + 1)
-        if self.low:
-            rank = self._affordable(rank)
         if self.last is not None:
             rank = min(rank, self.last)
-        size = self.rounding.size(rank)
-        trial = self.trials[rank] = self.ask(size)
-        self.fit.learn(size, trial.measurement)
+        size, aim = self.size, self.aim
+        trial = self.trials[rank] = self.ask(self.rounding.size(rank))
+        self.fit.learn(trial.batch_size, trial.measurement)
         if trial.fits:
             if not self.low and self.high is not None:
                 self._allowance = len(self.trials) + _bisections(rank, self.high) + _SPARE_TRIALS
             self.low = rank
+            self._judge_aim(size, aim)
         else:
             self.high, self.failure = rank, trial
             if trial.outcome is Outcome.LIMIT:
-                self.notes.append(f"A batch of {size} met a limit other than memory: {trial.message or 'unknown'}.")
+                reason = trial.message or "unknown"
+                self.notes.append(f"A batch of {trial.batch_size} met a limit other than memory: {reason}.")
         return trial.fits
+
+    def _judge_aim(self, size: int, former_aim: float | None) -> None:
+        """Learns from the former aim, seen from ``size``; from nearer, the error shrinks with the distance."""
+        aim = self.aim
+        if aim is not None and former_aim is not None and former_aim > size:
+            self.doubt = abs(aim - former_aim) * max(0.0, aim - self.size) / (former_aim - size)
 
     def refuse(self, trial: Trial) -> None:
         """Takes ``low`` back: ``trial`` found that it does not keep fitting."""

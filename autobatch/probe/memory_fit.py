@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 
 from autobatch.result import Measurement
 
+_APART = 0.75  # peaks closer together than this tell more about the allocator's rounding than about the slope
+
 
 @dataclass(slots=True)
 class MemoryFit:
-    """Two lines through measured peaks, extended to ``capacity_bytes``.
+    """Lines through measured peaks, extended to ``capacity_bytes``.
 
     Peak *allocated* is a maximum of affine functions of the size, so the line through two of its points never lies
     above it further on: no size beyond :meth:`bound` fits. Peak *reserved* holds what the allocator cannot reuse as
@@ -22,33 +24,34 @@ class MemoryFit:
     _reserved: dict[int, int] = field(default_factory=dict)
 
     def learn(self, size: int, measurement: Measurement | None) -> None:
-        """Takes in the peaks of a trial that ran to its end."""
-        if measurement is None:
-            return
-        for peaks, peak in (
-            (self._allocated, measurement.peak_allocated_bytes),
-            (self._reserved, measurement.peak_reserved_bytes),
-        ):
-            if peak:
-                peaks[size] = peak
+        """Takes in the peaks of a trial that ran to its end; without both of them, nothing."""
+        if measurement and measurement.peak_allocated_bytes and measurement.peak_reserved_bytes:
+            self._allocated[size] = measurement.peak_allocated_bytes
+            self._reserved[size] = measurement.peak_reserved_bytes
 
     def aim(self, size: int) -> float | None:
-        """The size at which reserved bytes reach the capacity, seen from ``size``; None if unknown."""
-        return _reach(self._reserved, size, self.capacity_bytes)
+        """The size at which reserved bytes reach the capacity, seen from ``size``; None if unknown.
+
+        Where the allocator gave memory back in between, the line through two reserved peaks is too flat. Then they grow
+        with the allocated ones, in proportion.
+        """
+        if self.capacity_bytes is None or size not in self._reserved:
+            return None
+        reserved, allocated = self._reserved[size], self._allocated[size]
+        slope = max(_slope(self._reserved, size), _slope(self._allocated, size) * reserved / allocated)
+        # Before there is a line, the one through the origin: too steep, and so a guess on the safe side.
+        return size + (self.capacity_bytes - reserved) / (slope or reserved / size)
 
     def bound(self, size: int) -> float | None:
         """The size at which allocated bytes reach the capacity, seen from ``size``; None if unknown."""
-        return _reach(self._allocated, size, self.capacity_bytes)
+        if self.capacity_bytes is None or not (slope := _slope(self._allocated, size)):
+            return None
+        return size + (self.capacity_bytes - self._allocated[size]) / slope
 
 
-def _reach(peaks: dict[int, int], size: int, capacity_bytes: int | None) -> float | None:
-    """Where the line through the peak at ``size`` and one well below it meets the capacity.
-
-    Peaks that lie close together say more about the allocator's rounding than about the slope; before there are two,
-    the other is the origin, which puts the meeting point too low rather than too high.
-    """
-    if capacity_bytes is None or size not in peaks:
-        return None
-    base = max((n for n in peaks if n <= 0.75 * size and peaks[n] < peaks[size]), default=0)
-    slope = (peaks[size] - peaks.get(base, 0)) / (size - base)
-    return size + (capacity_bytes - peaks[size]) / slope
+def _slope(peaks: dict[int, int], size: int) -> float:
+    """Bytes per sample between the peak at ``size`` and the nearest one well below it; 0 if there is no such line."""
+    if size not in peaks:
+        return 0.0
+    base = max((n for n, peak in peaks.items() if n <= _APART * size and peak < peaks[size]), default=None)
+    return 0.0 if base is None else (peaks[size] - peaks[base]) / (size - base)

@@ -17,15 +17,18 @@ from autobatch.probe.bracket import Ask, Bracket
 from autobatch.probe.memory_fit import MemoryFit
 from autobatch.probe.rounding import Rounding
 
-# Tuned on trials recorded on virtual cards, tests/data/oracles_*.json; the outcome is flat around each of them.
-_NEAR = 1.5  # an aim at most this many times the size is trusted: the line was measured close to it
-_SHORT = 0.8  # the part of the way to a farther aim that one jump goes
+# Tuned on trials recorded on virtual cards (tests/data/oracles_*.json). Each changes what a search costs, none what it
+# answers.
+_NEAR = 1.7  # an aim at most this many times the size is asked at once
+_SHORT = 0.85  # the part of the way to a farther aim that one jump goes
 _JUMP = 5  # growth to this power is the longest jump
-_WORTH = 0.2  # the part of the room below the bound that the next aim must promise to be asked
-_TOWARDS = 0.85  # the part of that room to go otherwise
-_FALL = 16  # the first step down from a failure, as a part of the bracket
+_WORTH = 0.25  # the part of the way to the bound that the next aim must be, to be asked before the bound
+_TOWARDS = 0.85  # the part of that way to go otherwise
+_DOUBTS = 2  # so many times its doubt below a refuted aim to look next, but
+_FALL = 1 / 6  # at most this part of the bracket
+_SPLIT = 0.4  # where to part a bracket about which nothing is known: below the middle, for a failure costs more
 _FAR_OFF = 1.5  # an aim so many brackets away says nothing about where inside to ask
-_STEP_DOWN = 33  # a candidate that is not confirmed is stepped down by this part of it at most
+_STEP_DOWN = 1 / 33  # a candidate that is not confirmed is stepped down by this part of it at most
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +114,7 @@ def _find(bracket: Bracket, *, first_guess: int | None, avoid_oom: bool) -> None
         _fall(bracket, near_the_answer=first_guess is not None)
     if avoid_oom:
         _creep(bracket)
-    else:
+    elif bracket.low:
         if first_guess is None:
             _approach(bracket)
         _pass_the_aim(bracket)
@@ -121,7 +124,7 @@ def _find(bracket: Bracket, *, first_guess: int | None, avoid_oom: bool) -> None
 def _fall(bracket: Bracket, *, near_the_answer: bool) -> None:
     """Invariant: nothing has fitted. Steps down from a guess in widening strides, else asks the smallest size."""
     stride = 1
-    while near_the_answer and not bracket.low and not bracket.closed and bracket.high is not None:
+    while near_the_answer and not bracket.low and bracket.high is not None and bracket.high > stride:
         bracket.try_rank(bracket.high - stride)
         stride *= 2
     if not bracket.low and not bracket.closed:
@@ -136,11 +139,11 @@ def _approach(bracket: Bracket) -> None:
     while not bracket.done:
         size, aim = bracket.size, bracket.aim
         if aim is None and bracket.high is None:
-            bracket.try_rank(bracket.next_growth())
+            bracket.guess(bracket.next_growth())
         elif aim is None or aim <= _NEAR * size or bracket.is_above(aim):
             return
         else:
-            bracket.try_rank(bracket.rank(min(size + _SHORT * (aim - size), size * bracket.growth**_JUMP)))
+            bracket.guess(bracket.rank(min(size + _SHORT * (aim - size), size * bracket.growth**_JUMP)))
 
 
 def _pass_the_aim(bracket: Bracket) -> None:
@@ -151,28 +154,33 @@ def _pass_the_aim(bracket: Bracket) -> None:
     """
     stride = 1
     while bracket.high is None and not bracket.done:
-        step = 1 if bracket.aim is None else bracket.rank(bracket.aim) + 1 - bracket.low
-        if bracket.bound is None:
+        low, size, bound = bracket.low, bracket.size, bracket.bound
+        aim = bracket.aim or size
+        step = bracket.rank(aim) + 1 - low
+        if bound is None:
             step = max(step, stride)
-        elif stride > 1 and step <= _WORTH * (room := bracket.rank(bracket.bound) - bracket.low):
-            step = int(_TOWARDS * room)
+        elif stride > 1 and aim - size <= _WORTH * (bound - size):
+            step = round(_TOWARDS * (bracket.rank(bound) - low))
         stride *= 2
-        bracket.try_rank(bracket.low + step)
+        bracket.guess(low + step)
 
 
 def _close(bracket: Bracket) -> None:
-    """Invariant: ``low`` fits and ``high`` does not. Asks at the aim, a little below ``high``, or in the middle."""
-    stride = 0
-    while bracket.high is not None and not bracket.done:
+    """Invariant: ``low`` fits and ``high`` does not. Asks at the aim, once; then parts the bracket until it is closed.
+
+    An aim that has just been refuted is still the best guess: so look closely below it first, then in widening strides.
+    """
+    top, stride, aimed = bracket.high, 0, False
+    while top is not None and bracket.high is not None and not bracket.done:
         low, high = bracket.low, bracket.high
-        rank = (low + high) // 2
+        rank = low + round(_SPLIT * (high - low))
         aim = low if bracket.aim is None else bracket.rank(bracket.aim)
-        if low < aim < high:
-            rank = aim
-        elif high <= aim <= low + _FAR_OFF * (high - low):
-            stride = 2 * stride or max(1, (high - low) // _FALL)
-            rank = max(rank, high - stride)
-        bracket.try_rank(rank)
+        if low < aim < high - 1 and not aimed:
+            rank, aimed = aim, True
+        elif high - 1 <= aim <= low + _FAR_OFF * (high - low) and not aimed:
+            stride = 2 * stride or max(1, min(int(_FALL * (high - low)), bracket.ranks(_DOUBTS * bracket.doubt)))
+            rank = max(rank, top - stride)
+        bracket.guess(rank)
 
 
 def _creep(bracket: Bracket) -> None:
@@ -196,15 +204,14 @@ def _settle(bracket: Bracket, confirm: Ask) -> bool:
         bracket.refuse(trial)
         reason = f": {trial.message}" if trial.message else ""
         bracket.notes.append(f"A batch of {size} fitted once but did not keep fitting ({trial.outcome.value}{reason}).")
-        widest = -(-refused // _STEP_DOWN)
+        widest = math.ceil(_STEP_DOWN * refused)
         stride = min(2 * stride or 1, widest)
         while bracket.low < refused - stride and not bracket.try_rank(refused - stride):
             stride += widest
         if not bracket.low and not bracket.closed:
             bracket.try_rank(1)
-    size = bracket.rounding.size(1)
     reason = f": {bracket.failure.message}" if bracket.failure and bracket.failure.message else ""
-    raise DoesNotFitError(f"Not even a batch of {size} fits{reason}", bracket.failure)
+    raise DoesNotFitError(f"Not even a batch of {bracket.rounding.size(1)} fits{reason}", bracket.failure)
 
 
 def _proof(bracket: Bracket, *, avoid_oom: bool) -> str:
