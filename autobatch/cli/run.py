@@ -7,9 +7,9 @@ import shutil
 import click
 
 from autobatch.virtual.catalog import Card, find_card
-from autobatch.virtual.device import MOST_CARDS
 from autobatch.virtual.host import check_host, check_kernels
 from autobatch.virtual.launch import run_command
+from autobatch.virtual.state import MAX_CARDS
 from autobatch.virtual.usage import format_usage
 
 _NOT_EXECUTABLE, _NOT_FOUND = 126, 127  # as a shell has it
@@ -17,7 +17,7 @@ _NOT_EXECUTABLE, _NOT_FOUND = 126, 127  # as a shell has it
 
 @click.command(name="run", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 @click.option("--gpu", multiple=True, required=True, metavar="NAME", help="The virtual GPU; may be repeated.")
-@click.option("--count", type=click.IntRange(1, MOST_CARDS), default=1, help="That many of each --gpu.")
+@click.option("--count", type=click.IntRange(1, MAX_CARDS), default=1, help="That many of each --gpu.")
 @click.option("--any-capability", is_flag=True, help="Also GPUs for which this torch has no kernels.")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 @click.pass_context
@@ -40,7 +40,7 @@ def run(ctx: click.Context, gpu: tuple[str, ...], count: int, any_capability: bo
     try:
         report = run_command(command, cards)
     except OSError as exc:
-        _say(f"{command[0]} cannot be run: {exc.strerror}")
+        _say(f"{command[0]} cannot be run: {exc.strerror or exc}")
         ctx.exit(_NOT_EXECUTABLE)
     for line in format_usage(report.usage) if report.usage else ["no process used a GPU"]:
         _say(line)
@@ -49,10 +49,8 @@ def run(ctx: click.Context, gpu: tuple[str, ...], count: int, any_capability: bo
 
 def _cards(gpus: tuple[str, ...], count: int, *, any_capability: bool) -> list[Card]:
     cards = [find_card(name) for name in gpus for _ in range(count)]
-    if len(cards) > MOST_CARDS:
-        raise click.BadParameter(
-            f"{len(cards)} GPUs, and a process can have {MOST_CARDS} at most", param_hint="--count"
-        )
+    if len(cards) > MAX_CARDS:
+        raise click.BadParameter(f"{len(cards)} GPUs, and a process can have {MAX_CARDS} at most", param_hint="--count")
     check_host()
     for card in cards if not any_capability else []:
         check_kernels(card)

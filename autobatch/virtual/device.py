@@ -15,12 +15,10 @@ from autobatch.result import Measurement
 from autobatch.virtual.attach import attach_process, check_attachable, environment, make_state_folder, present_state
 from autobatch.virtual.catalog import find_card
 from autobatch.virtual.host import check_host, check_kernels
-from autobatch.virtual.state import create_state, read_state
+from autobatch.virtual.state import MAX_CARDS, create_state, read_state
 
 if TYPE_CHECKING:
     from autobatch.device.cuda import CudaDevice
-
-MOST_CARDS = 16
 
 
 class VirtualGPU:
@@ -52,8 +50,8 @@ class VirtualGPU:
         memory_limit_bytes: int | None = None,
         shared_with: VirtualGPU | None = None,
     ) -> None:
-        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MOST_CARDS:
-            raise InvalidArgumentError("count", count, f"a number of GPUs from 1 to {MOST_CARDS}")
+        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MAX_CARDS:
+            raise InvalidArgumentError("count", count, f"a number of GPUs from 1 to {MAX_CARDS}")
         self.card = find_card(spec)
         check_host()
         if not any_capability:

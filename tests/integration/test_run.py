@@ -91,7 +91,7 @@ def test_a_command_that_cannot_be_executed(tmp_path):
         (["--gpu", "memory=24GiB", "--", "true"], "capability"),
         (["--gpu", "v100-16gb", "--", "true"], "no kernels below 7.5"),
         (["--gpu", "t4", "--count", "0", "--", "true"], "--count"),
-        (["--gpu", "t4", "--gpu", "l4", "--count", "9", "--", "true"], "--count"),
+        (["--gpu", "t4", "--gpu", "l4", "--count", "33", "--", "true"], "--count"),
         (["--gpu", "t4"], "COMMAND"),
         (["--", "true"], "--gpu"),
     ],

@@ -126,7 +126,7 @@ def test_a_card_without_kernels_is_refused_with_the_reason():
     assert VirtualGPU("v100-16gb", any_capability=True).card.capability == (7, 0)
 
 
-@pytest.mark.parametrize("count", [0, -1, 1.5, True, "2", 17])
+@pytest.mark.parametrize("count", [0, -1, 1.5, True, "2", 65])
 def test_a_wrong_count_is_refused(count):
     with pytest.raises(InvalidArgumentError, match="count"):
         VirtualGPU("t4", count=count)
