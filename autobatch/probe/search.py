@@ -173,8 +173,8 @@ def _close(bracket: Bracket) -> None:
     top, stride, aimed = bracket.high, 0, False
     while top is not None and bracket.high is not None and not bracket.done:
         low, high = bracket.low, bracket.high
-        rank = low + round(_SPLIT * (high - low))
         aim = low if bracket.aim is None else bracket.rank(bracket.aim)
+        rank = (low + high) // 2 if bracket.aim is None else low + round(_SPLIT * (high - low))
         if low < aim < high - 1 and not aimed:
             rank, aimed = aim, True
         elif high - 1 <= aim <= low + _FAR_OFF * (high - low) and not aimed:
