@@ -2,65 +2,53 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import platform
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from autobatch.errors import DeviceNotFoundError
-from autobatch.virtual.catalog import Card
+
+if TYPE_CHECKING:
+    from autobatch.virtual.catalog import Card
 
 _MACHINES = ("x86_64", "aarch64")
+_NEEDED_HEADERS = ("cuda.h", "cudnn.h", "nccl.h")
+_HEADER_PACKAGES = ("cu13", "cudnn", "nccl", "cusparselt")
 _OLDEST_CAPABILITY = (7, 5)  # CUDA 13 compiles for nothing older
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TorchBuild:
-    """What the installed torch was built for."""
+@dataclass(frozen=True, slots=True)
+class Torch:
+    """The installed torch, as far as it can be known without importing it."""
 
     version: str
-    cuda: str | None
-    """The version of CUDA, such as ``13.0``; None for a build without."""
+    cuda: str
+    """The version of CUDA it was built for, such as ``13.0``."""
+    includes: tuple[Path, ...]
+    """Folders of NVIDIA's headers that were installed with it."""
 
 
-@functools.cache
-def torch_build() -> TorchBuild:
-    """The installed torch, from the file in which it records its build.
-
-    Raises:
-        DeviceNotFoundError: if torch is not installed.
-    """
-    spec = importlib.util.find_spec("torch")
-    if spec is None or spec.origin is None:
-        raise DeviceNotFoundError(
-            "a virtual GPU is PyTorch's own CUDA build, and torch is not installed: pip install torch"
-        )
-    text = Path(spec.origin).with_name("version.py").read_text(encoding="utf-8")
-    version = re.search(r"^__version__ = '([^']+)'", text, re.MULTILINE)
-    cuda = re.search(r"^cuda(?:: [^=]+)? = '([^']+)'", text, re.MULTILINE)
-    return TorchBuild(version=version[1] if version else "unknown", cuda=cuda[1] if cuda else None)
-
-
-def check_host() -> None:
-    """Says at once what is missing here.
+def check_host() -> Torch:
+    """The torch for a virtual GPU, where there can be one.
 
     Raises:
-        DeviceNotFoundError: on another platform than Linux on x86-64 or aarch64, or without a CUDA build of torch.
+        DeviceNotFoundError: saying what to install, on another platform than Linux on x86-64 or ARM, or without a
+            CUDA 13 build of torch and NVIDIA's headers.
     """
     if sys.platform != "linux" or platform.machine() not in _MACHINES:
         raise DeviceNotFoundError(
-            f"a virtual GPU needs Linux on x86-64 or aarch64, and this is {platform.system()} on {platform.machine()}: "
-            "run autobatch in a Linux container, or in WSL on Windows"
+            f"virtual GPUs need Linux on x86-64 or ARM (aarch64), and this is {platform.system()} on "
+            f"{platform.machine()}: use a container, or WSL on Windows"
         )
-    build = torch_build()
-    if build.cuda is None:
-        raise DeviceNotFoundError(
-            f"a virtual GPU is PyTorch's own CUDA build, and torch {build.version} is built without CUDA: "
-            "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu130"
-        )
+    spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.submodule_search_locations:
+        raise DeviceNotFoundError("virtual GPUs need torch: install torch>=2.11 from PyPI, its CUDA 13 build")
+    return _torch_at(Path(spec.submodule_search_locations[0]))
 
 
 def check_kernels(card: Card) -> None:
@@ -70,9 +58,44 @@ def check_kernels(card: Card) -> None:
         DeviceNotFoundError: below compute capability 7.5, which CUDA 13 no longer compiles for.
     """
     if card.capability < _OLDEST_CAPABILITY:
-        build = torch_build()
+        torch = check_host()
         raise DeviceNotFoundError(
-            f"{card.title} has compute capability {card.capability[0]}.{card.capability[1]}, and torch {build.version} "
-            f"(CUDA {build.cuda}) has no kernels below 7.5: training would fail there. "
+            f"{card.title} has compute capability {card.capability[0]}.{card.capability[1]}, and torch {torch.version} "
+            f"(CUDA {torch.cuda}) has no kernels below 7.5: training would fail there. "
             "For the arithmetic of its memory alone, say any_capability=True (--any-capability)"
         )
+
+
+def _torch_at(place: Path) -> Torch:
+    about = place / "version.py"
+    text = about.read_text(encoding="utf-8") if about.exists() else ""
+    version, cuda = _assigned("__version__", text) or "unknown", _assigned("cuda", text)
+    if cuda is None or not cuda.startswith("13."):
+        kind = f"for CUDA {cuda}" if cuda else "without CUDA"
+        raise DeviceNotFoundError(
+            f"virtual GPUs need torch built for CUDA 13, and torch {version} is built {kind}: "
+            "pip install 'torch>=2.11' as it comes from PyPI, on a machine without a GPU too"
+        )
+    includes = tuple(_find_includes(place.parent))
+    missing = [name for name in _NEEDED_HEADERS if not any((path / name).exists() for path in includes)]
+    if missing:
+        raise DeviceNotFoundError(
+            f"torch {version} is installed without NVIDIA's headers ({', '.join(missing)}): "
+            "install torch from PyPI with the nvidia-* packages it depends on"
+        )
+    return Torch(version, cuda, includes)
+
+
+def _assigned(name: str, text: str) -> str | None:
+    match = re.search(rf"^{name}\b[^=\n]*=\s*['\"]([^'\"]+)['\"]", text, re.MULTILINE)
+    return match[1] if match else None
+
+
+def _find_includes(site: Path) -> Iterator[Path]:
+    """NVIDIA's packages beside torch each bring a folder of headers."""
+    spec = importlib.util.find_spec("nvidia")
+    roots = [Path(place) for place in (spec.submodule_search_locations or [])] if spec else []
+    for root in dict.fromkeys([site / "nvidia", *roots]):
+        for package in _HEADER_PACKAGES:
+            if (root / package / "include").is_dir():
+                yield root / package / "include"

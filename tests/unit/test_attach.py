@@ -94,28 +94,45 @@ def test_other_platforms_are_told_where_it_works(monkeypatch):
 
 
 @pytest.fixture
-def torch_without_cuda(monkeypatch, tmp_path):
-    package = tmp_path / "torch"
-    package.mkdir()
-    (package / "__init__.py").touch()
-    (package / "version.py").write_text("__version__ = '2.14.1+cpu'\ncuda: Optional[str] = None\nhip = None\n")
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    monkeypatch.delitem(sys.modules, "torch", raising=False)
-    host.torch_build.cache_clear()
-    yield
-    host.torch_build.cache_clear()
+def install_torch(monkeypatch, tmp_path):
+    """Puts a torch first on the path, of which only the record of its build exists."""
+
+    def install(version, cuda):
+        package = tmp_path / "torch"
+        package.mkdir()
+        (package / "__init__.py").touch()
+        (package / "version.py").write_text(f"__version__ = {version!r}\ncuda: Optional[str] = {cuda!r}\nhip = None\n")
+        monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+        monkeypatch.delitem(sys.modules, "torch", raising=False)
+
+    return install
 
 
-def test_a_cpu_only_torch_says_what_to_install(torch_without_cuda):
-    with pytest.raises(DeviceNotFoundError, match=r"2\.14\.1\+cpu.*without CUDA.*pip install"):
+@pytest.mark.parametrize(
+    ("version", "cuda", "said"),
+    [
+        ("2.14.1+cpu", None, r"2\.14\.1\+cpu is built without CUDA.*pip install"),
+        ("2.11.0+cu128", "12.8", r"2\.11\.0\+cu128 is built for CUDA 12\.8.*pip install"),
+    ],
+)
+def test_another_build_of_torch_says_what_to_install(install_torch, version, cuda, said):
+    install_torch(version, cuda)
+    with pytest.raises(DeviceNotFoundError, match=said):
+        VirtualGPU("t4")
+
+
+def test_no_torch_at_all_says_so(monkeypatch):
+    monkeypatch.setattr(host.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DeviceNotFoundError, match="need torch"):
         VirtualGPU("t4")
 
 
 def test_the_build_of_the_installed_torch():
     import torch
 
-    host.torch_build.cache_clear()
-    assert (host.torch_build().version, host.torch_build().cuda) == (torch.__version__, torch.version.cuda)
+    found = host.check_host()
+    assert (found.version, found.cuda) == (torch.__version__, torch.version.cuda)
+    assert any((path / "cuda.h").exists() for path in found.includes)
 
 
 def test_a_card_without_kernels_is_refused_with_the_reason():
