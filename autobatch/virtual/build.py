@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from autobatch.errors import DeviceNotFoundError
 from autobatch.virtual import stubs
 
 _SOURCES = Path(__file__).with_name("driver")
+_NVML_SOURCE = _SOURCES / "nvml.c"
 _LIBRARY = "libautobatch_cuda.so"
 _NVML = "libnvidia-ml.so.1"
 _ALIASES = ("libcuda.so.1", "libcuda.so")  # what programs open by name
@@ -75,7 +77,7 @@ def read_calls(folder: Path, counts: Path) -> dict[str, int]:
     names = list(read_answers(folder))
     data = counts.read_bytes() if counts.exists() else b""
     numbers = [int.from_bytes(data[at : at + 8], sys.byteorder) for at in range(0, len(data), 8)]
-    return {name: number for name, number in zip(names, numbers) if number}
+    return {name: number for name, number in zip(names, numbers, strict=False) if number}
 
 
 def read_answers(folder: Path) -> dict[str, list[str]]:
@@ -235,18 +237,20 @@ def _compile(command: list[str], torch: Torch, work: Path) -> None:
         (shims / name).write_text(text)
     include = [f"-I{_SOURCES}", f"-isystem{shims}", *(f"-isystem{path}" for path in torch.includes)]
     generated = _generate(command, include, work)
-    sources = sorted(path for path in _SOURCES.glob("*.c") if path.name != "nvml.c")
-    _run(
-        [*command, *_FLAGS, *include, *_LINK, "-w", "-Wl,-soname,libcuda.so.1", "-o", str(work / _LIBRARY)]
-        + [str(path) for path in [*generated, *sources]]
-        + ["-ldl", "-lpthread"]
-    )
+    written = sorted(path for path in _SOURCES.glob("*.c") if path.name != "nvml.c")
+    compile_ = [*command, *_FLAGS, *include, "-c"]
+    # The headers' own declarations draw warnings in the generated files: deprecated types, unused parameters.
+    jobs = [[*compile_, "-w", str(path), "-o", f"{path}.o"] for path in generated]
+    jobs += [[*compile_, str(path), "-o", str(work / "shims" / f"{path.stem}.o")] for path in [*written, _NVML_SOURCE]]
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        list(pool.map(_run, jobs))
+    objects = {Path(job[-1]).stem: job[-1] for job in jobs}
+    nvml = [objects.pop("nvml"), objects["state"]]
+    link = [*command, *_LINK]
+    _run([*link, "-Wl,-soname,libcuda.so.1", "-o", str(work / _LIBRARY), *objects.values(), "-ldl", "-lpthread"])
+    _run([*link, f"-Wl,-soname,{_NVML}", "-o", str(work / _NVML), *nvml, "-lpthread"])
     for alias in _ALIASES:
         (work / alias).symlink_to(_LIBRARY)
-    _run(
-        [*command, *_FLAGS, *include, *_LINK, f"-Wl,-soname,{_NVML}", "-Wl,-rpath,$ORIGIN", "-o", str(work / _NVML)]
-        + [str(_SOURCES / "nvml.c"), str(_SOURCES / "state.c"), "-lpthread"]
-    )
 
 
 def _generate(command: list[str], include: list[str], work: Path) -> list[Path]:
@@ -262,8 +266,8 @@ def _generate(command: list[str], include: list[str], work: Path) -> list[Path]:
     unwritten = {answer.prototype.name: list(answer.unwritten) for answer in answers}
     (work / _ANSWERS).write_text(json.dumps({name: unwritten.get(name, []) for name in names}))
     paths = [work / "shims" / "typed.c", work / "shims" / "untyped.c"]
-    for path, content in zip(paths, (typed, untyped)):
-        path.write_text(content)
+    paths[0].write_text(typed)
+    paths[1].write_text(untyped)
     return paths
 
 

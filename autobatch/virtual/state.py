@@ -116,7 +116,7 @@ def create_state(path: Path, cards: Sequence[Card], *, fail_allocation: int | No
     if sys.platform != "linux":
         raise DeviceNotFoundError(f"virtual GPUs need Linux, and this is {sys.platform}")
     state = _State(magic=_MAGIC, version=STATE_VERSION, card_count=len(cards), fail_allocation=fail_allocation or 0)
-    for place, card in zip(state.cards, cards):
+    for place, card in zip(state.cards, cards, strict=False):
         _fill(place, card)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -176,7 +176,7 @@ def _process_state(entry: _Entry) -> ProcessState:
 
 
 def start_time(pid: int) -> int | None:
-    """When a process started, in clock ticks after boot; None if there is none, or only a zombie, which holds nothing."""
+    """When a process started, in clock ticks after boot; None if it is gone, as a zombie is, which holds nothing."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:

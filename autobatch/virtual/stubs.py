@@ -87,6 +87,11 @@ _VERSION = re.compile(r"^#define\s+(cu[A-Z]\w*)\s+(?:__CUDA_API_PT(?:DS|SZ)\()?(
 # Libraries of mathematics take pointers to device memory for data. In the others every pointer may be to the host.
 _MATHEMATICS = re.compile(r"cublas(?!Lt)|cudnn|cufft|cusolver|cusparse(?!Lt)")
 _HOST_INTEGERS = re.compile(r"[lL]work|pBufferSize(InBytes)?|(h_)?meig|rows|cols|nnz|workSize")
+_STATUS = re.compile(r"(?:dev|d_)?[iI]nfo(?:Array)?|position|nnzTotalDevHostPtr")  # on the host or on the device
+_COUNT = re.compile(r"batch_?(?:Size|Count|size|count)")
+_DEVICE_DATA = re.compile(
+    r"(?:void|float|double|cu(?:Double)?Complex|cufft\w+|__half|(?:long long )?int|u?int\d+_t|char)\**"
+)
 _ENDS = re.compile(r"Destroy|Free|Release|Unload")
 
 
@@ -114,7 +119,8 @@ class Answer:
     """A generated answer. ``unwritten`` names the pointers that the real function writes to and this one does not."""
 
     prototype: Prototype
-    written: Mapping[str, str]
+    written: tuple[str, ...]
+    """What it does before it succeeds, statements of C."""
     unwritten: tuple[str, ...]
 
 
@@ -171,43 +177,46 @@ def _parameters(text: str) -> Iterable[Parameter]:
 
 def make_answer(prototype: Prototype, handles: set[str]) -> Answer:
     """What the generated function for ``prototype`` writes, and what it leaves."""
-    written, unwritten = {}, []
+    written, unwritten = [], []
+    counts = [parameter.name for parameter in prototype.parameters if _COUNT.fullmatch(parameter.name)]
     for parameter in prototype.parameters:
-        target = parameter.target
+        target, name = parameter.target, parameter.name
         if target is None or parameter.constant or _ENDS.search(prototype.name):
             continue
         if target in handles:
-            written[parameter.name] = "fresh_handle()"
-        elif target == "size_t" or (_HOST_INTEGERS.fullmatch(parameter.name) and target in ("int", "int64_t")):
-            written[parameter.name] = "0"
+            written.append(f"if ({name}) *{name} = fresh_handle();")
+        elif target == "size_t" or (_HOST_INTEGERS.fullmatch(name) and target in ("int", "int64_t")):
+            written.append(f"if ({name}) *{name} = 0;")
+        elif target == "int" and _STATUS.fullmatch(name):
+            value = "-1" if name == "position" else "0"  # no pivot was zero; nothing failed
+            # cuBLAS has one status for the call itself beside the array of those of the batch; cuSOLVER has only those.
+            each = counts and (name.endswith("Array") or prototype.name.startswith("cusolver"))
+            written.append(f"if ({name}) memory_set({name}, {value}, sizeof(int) * {counts[0] if each else 1});")
         elif _points_to_host(prototype.name, parameter):
-            unwritten.append(parameter.name)
-    return Answer(prototype, written, tuple(unwritten))
+            unwritten.append(name)
+    return Answer(prototype, tuple(written), tuple(unwritten))
 
 
 def _points_to_host(function: str, parameter: Parameter) -> bool:
     """Whether a function may be meant to give something back through this pointer, for all that its type tells."""
-    assert parameter.target is not None
+    target = parameter.target or ""
     if _MATHEMATICS.match(function) is None:
-        # Streams of data and callers' closures are void; what is asked for has a type.
-        return parameter.target not in ("void", "CUstream_st") or "Get" in function
-    device = re.fullmatch(
-        r"void|float|double|cu(Double)?Complex|cufft\w+|__half|u?int\d*(_t)?|int|char", parameter.target
-    )
-    return device is None or ("Get" in function and parameter.target != "void")
+        return target != "void" or "Get" in function  # otherwise void is data, or a caller's closure
+    return _DEVICE_DATA.fullmatch(target) is None or ("Get" in function and target != "void")
 
 
 def generate(
     answers: Iterable[Answer], loose: Iterable[str], versions: Mapping[str, str]
 ) -> tuple[str, str, list[str]]:
-    """Two C files, one with the headers' prototypes and one for names without, and the names in the order of numbers."""
+    """Two C files, one with the headers' prototypes and one for names without, and the names by their numbers."""
     lines = [f"#if __has_include(<{header}>)\n#include <{header}>\n#endif" for header in HEADERS]
     lines += [
         '#include "answers.h"',
+        '#include "memory.h"',
         "void *fresh_handle(void);",
         '#define ENTRY __attribute__((visibility("default")))',
     ]
-    names = []
+    names: list[str] = []
     for answer in answers:
         lines.append(_definition(answer, len(names)))
         names.append(answer.prototype.name)
@@ -225,6 +234,6 @@ def generate(
 def _definition(answer: Answer, number: int) -> str:
     prototype = answer.prototype
     parameters = ", ".join(parameter.text for parameter in prototype.parameters) or "void"
-    writes = "".join(f" if ({name}) *{name} = {value};" for name, value in answer.written.items())
+    writes = "".join(f" {statement}" for statement in answer.written)
     result = "" if prototype.returns == "void" else f" return ({prototype.returns}){{0}};"
     return f"ENTRY {prototype.returns} {prototype.name}({parameters}) {{ answer_used({number});{writes}{result} }}"

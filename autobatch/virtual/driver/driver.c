@@ -292,20 +292,27 @@ ENTRY CUresult cuOccupancyMaxPotentialClusterSize(int *size, CUfunction function
   return CUDA_SUCCESS;
 }
 
+static CUresult launch(unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,
+                       unsigned block_z, void **arguments) {
+  cudaError_t error = check_launch(grid_x, grid_y, grid_z, block_x, block_y, block_z);
+  if (error == cudaSuccess) leave_zeros(arguments);
+  return (CUresult)error;
+}
+
 ENTRY CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
                               unsigned block_y, unsigned block_z, unsigned shared, CUstream stream, void **arguments,
                               void **extra) {
-  return (CUresult)check_launch(grid_x, grid_y, grid_z, block_x, block_y, block_z);
+  return launch(grid_x, grid_y, grid_z, block_x, block_y, block_z, arguments);
 }
 
 ENTRY CUresult cuLaunchCooperativeKernel(CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z,
                                          unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared,
                                          CUstream stream, void **arguments) {
-  return (CUresult)check_launch(grid_x, grid_y, grid_z, block_x, block_y, block_z);
+  return launch(grid_x, grid_y, grid_z, block_x, block_y, block_z, arguments);
 }
 
 ENTRY CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction function, void **arguments, void **extra) {
-  return (CUresult)check_launch(c->gridDimX, c->gridDimY, c->gridDimZ, c->blockDimX, c->blockDimY, c->blockDimZ);
+  return launch(c->gridDimX, c->gridDimY, c->gridDimZ, c->blockDimX, c->blockDimY, c->blockDimZ, arguments);
 }
 
 ENTRY CUresult cuLinkCreate_v2(unsigned count, CUjit_option *options, void **values, CUlinkState *state) {

@@ -27,11 +27,11 @@ static void *reserve(size_t bytes, int protection) {
   return place == MAP_FAILED ? NULL : place;
 }
 
-// All that the visible cards can hold, and as much again for the ranges that expandable segments reserve ahead.
+// All that the visible cards can hold. Expandable segments reserve ranges ahead and need more.
 static size_t least(void) {
   size_t sum = 0;
   for (int i = 0; i < visible_cards(); i++) sum += card_of(i)->total_bytes;
-  return 2 * sum + 2 * GRANULE;
+  return sum + 2 * GRANULE;
 }
 
 static cudaError_t no_room(size_t wanted) {
@@ -45,29 +45,32 @@ static cudaError_t no_room(size_t wanted) {
   return cudaErrorOperatingSystem;
 }
 
+static int reserve_range(size_t bytes) {
+  size_t count = bytes / GRANULE;
+  char *range = reserve(bytes, PROT_NONE);
+  what = reserve(count, PROT_READ | PROT_WRITE);
+  lengths = reserve(count * sizeof *lengths, PROT_READ | PROT_WRITE);
+  notes = reserve(count * sizeof *notes, PROT_READ | PROT_WRITE);
+  if (range && what && lengths && notes) {
+    madvise(range, bytes, MADV_DONTDUMP);
+    base = (char *)(((uintptr_t)range + GRANULE - 1) / GRANULE * GRANULE);
+    cursor = granules = count - 1;
+    return 1;
+  }
+  if (range) munmap(range, bytes);
+  if (what) munmap(what, count);
+  if (lengths) munmap(lengths, count * sizeof *lengths);
+  if (notes) munmap(notes, count * sizeof *notes);
+  return 0;
+}
+
 // 16 TiB where that can be had, less under an address-space limit: addresses are then used again sooner.
 cudaError_t memory_reserve(void) {
+  size_t enough = least(), bytes = USUAL_RANGE;
   if (base) return cudaSuccess;
-  size_t enough = least(), bytes = enough > USUAL_RANGE ? enough : USUAL_RANGE;
-  while (bytes >= enough) {
-    char *range = reserve(bytes, PROT_NONE);
-    if (range) {
-      what = reserve(bytes / GRANULE, PROT_READ | PROT_WRITE);
-      lengths = reserve(bytes / GRANULE * sizeof *lengths, PROT_READ | PROT_WRITE);
-      notes = reserve(bytes / GRANULE * sizeof *notes, PROT_READ | PROT_WRITE);
-      if (what && lengths && notes) {
-        madvise(range, bytes, MADV_DONTDUMP);
-        base = (char *)(((uintptr_t)range + GRANULE - 1) / GRANULE * GRANULE);
-        cursor = granules = bytes / GRANULE - 1;
-        return cudaSuccess;
-      }
-      if (what) munmap(what, bytes / GRANULE);
-      if (lengths) munmap(lengths, bytes / GRANULE * sizeof *lengths);
-      munmap(range, bytes);
-    }
-    bytes /= 2;
-  }
-  return no_room(enough);
+  for (; bytes > enough; bytes /= 2)
+    if (reserve_range(bytes)) return cudaSuccess;
+  return reserve_range(enough) ? cudaSuccess : no_room(enough);
 }
 
 int memory_ours(const void *address) {
@@ -252,6 +255,13 @@ void memory_set(void *to, int value, size_t bytes) {
   if (!memory_ours(to)) memset(to, value, bytes);
   else if (bytes <= SMALL_COPY) set_small(to, value, bytes);
   else if (!(value & 255)) set_large(to, bytes);
+}
+
+void memory_wipe(const void *address) {
+  if (!memory_ours(address) || !(what[index_of(address)] & BACKED)) return;
+  tables_lock();
+  if (what[index_of(address)] & BACKED) memset((void *)address, 0, 512 - (uintptr_t)address % 512);
+  tables_unlock();
 }
 
 void *memory_symbol(void) {

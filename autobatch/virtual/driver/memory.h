@@ -41,6 +41,9 @@ cudaError_t memory_give(void *address);
 void memory_copy(void *to, const void *from, size_t bytes);
 void memory_copy_2d(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width, size_t height);
 void memory_set(void *to, int value, size_t bytes);
+// A kernel was given `address`: what it leaves there reads as zeros, to the end of the 512 bytes that PyTorch's
+// allocator hands out at least.
+void memory_wipe(const void *address);
 // A place for a __device__ variable, which has memory of its own in every process.
 void *memory_symbol(void);
 

@@ -214,11 +214,18 @@ ENTRY int nvmlDeviceGetGraphicsRunningProcesses(void *handle, unsigned *count, v
   return none(handle, count);
 }
 
+// No fabric of several machines, said as "not supported" in the answer: PyTorch warns of an error. The caller has set
+// the version, in the first four bytes; the state is the last of the next 25.
+ENTRY int nvmlDeviceGetGpuFabricInfoV(void *handle, void *about) {
+  CARD(handle);
+  memset((char *)about + 4, 0, 25);
+  return SUCCESS;
+}
+
 // ---- what a card without hardware has not: NVLink, MIG slices, power, temperature, clocks
 #define NOT_THERE(name) \
   ENTRY int name(void *handle) { return NOT_SUPPORTED; }
 NOT_THERE(nvmlDeviceGetGpuFabricInfo)
-NOT_THERE(nvmlDeviceGetGpuFabricInfoV)
 NOT_THERE(nvmlDeviceGetNvLinkState)
 NOT_THERE(nvmlDeviceGetNvLinkCapability)
 NOT_THERE(nvmlDeviceGetNvLinkRemotePciInfo_v2)

@@ -104,7 +104,9 @@ ENTRY cudnnStatus_t cudnnGetRNNTempSpaceSizes(cudnnHandle_t handle, cudnnRNNDesc
   return CUDNN_STATUS_SUCCESS;
 }
 
+// Callers leave out what they do not ask for.
 static void describe(cudnnTensorDescriptor_t tensor, const struct cudnnRNNStruct *rnn, int rows, int columns) {
+  if (!tensor) return;
   *tensor = (struct cudnnTensorStruct){.type = rnn->type, .count = rows ? 3 : 0};
   tensor->sizes[0] = 1;
   tensor->sizes[1] = rows;
@@ -130,14 +132,17 @@ ENTRY cudnnStatus_t cudnnGetRNNWeightParams(cudnnHandle_t handle, cudnnRNNDescri
   }
   size_t input = hidden * (size_t)input_of(rnn, layer), output = hidden * (size_t)output_of(rnn);
   size_t offset = recurrent ? (size_t)gates * input + (size_t)(id - gates) * output : (size_t)id * input;
-  if (id == 2 * gates) describe(matrix, rnn, rnn->projection, rnn->hidden);
-  else describe(matrix, rnn, rnn->hidden, recurrent ? output_of(rnn) : input_of(rnn, layer));
-  *matrix_address = matrix->sizes[2] ? (char *)weights + (before + offset) * width : NULL;
+  int projection = id == 2 * gates, columns = projection  ? rnn->hidden
+                                              : recurrent ? output_of(rnn)
+                                                          : input_of(rnn, layer);
+  describe(matrix, rnn, projection ? rnn->projection : rnn->hidden, columns);
+  if (matrix_address) *matrix_address = columns ? (char *)weights + (before + offset) * width : NULL;
   // With one bias set it belongs to the input matrices, or to the recurrent ones if it is called so.
   int sets = bias_sets(rnn), first = rnn->bias == CUDNN_RNN_SINGLE_REC_BIAS ? gates : 0;
   int place = sets == 2 ? id : id - first;
   int has_bias = sets && place >= 0 && place < gates * sets;
   describe(bias, rnn, has_bias ? rnn->hidden : 0, 1);
-  *bias_address = has_bias ? (char *)weights + (all + (size_t)layer * biases(rnn) + (size_t)place * hidden) * width : NULL;
+  size_t bias_offset = all + (size_t)layer * biases(rnn) + (size_t)place * hidden;
+  if (bias_address) *bias_address = has_bias ? (char *)weights + bias_offset * width : NULL;
   return CUDNN_STATUS_SUCCESS;
 }

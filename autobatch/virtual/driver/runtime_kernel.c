@@ -1,9 +1,11 @@
 // CUDA runtime: registration and launch of kernels. None runs; a launch that a real card would refuse is refused.
+#define _GNU_SOURCE
 #include "kernel.h"
 
 #include <string.h>
 
 #include "card.h"
+#include "memory.h"
 
 // Fat binaries register themselves when a library is loaded, before anybody asks for a device.
 ENTRY void **__cudaRegisterFatBinary(void *binary) {
@@ -56,27 +58,72 @@ cudaError_t check_launch(unsigned grid_x, unsigned grid_y, unsigned grid_z, unsi
   return fits ? cudaSuccess : cudaErrorInvalidConfiguration;
 }
 
-static cudaError_t launch(dim3 grid, dim3 block) {
-  return fail(check_launch(grid.x, grid.y, grid.z, block.x, block.y, block.z));
+// ---- what kernels leave behind
+//
+// Small copies are real, and memory is used again: the flag that GradScaler fills with zeros would read as whatever
+// was copied there before, and every optimizer step be skipped. So an address that a kernel is given reads as zeros
+// afterwards. Neither the number of arguments nor their sizes are known here. But the compiler puts them on the
+// caller's stack, which can be read to its end, and what looks like an address of ours there is one. One too many
+// costs a value that was real so far, never more.
+#define MAX_ARGUMENTS 64
+#define MAX_ARGUMENT_BYTES 4096
+
+// The end of this thread's stack, 0 if it is not known.
+static uintptr_t stack_end(void) {
+  static __thread uintptr_t end = 1;
+  if (end != 1) return end;
+  pthread_attr_t about;
+  void *low;
+  size_t size;
+  end = 0;
+  if (pthread_getattr_np(pthread_self(), &about)) return end;
+  if (!pthread_attr_getstack(&about, &low, &size)) end = (uintptr_t)low + size;
+  pthread_attr_destroy(&about);
+  return end;
+}
+
+void leave_zeros(void **arguments) {
+  uintptr_t low = (uintptr_t)&arguments, end = stack_end(), places[MAX_ARGUMENTS];
+  if (!arguments || low > end) return;
+  int count = 0;
+  for (void **next = arguments; count < MAX_ARGUMENTS; next++) {
+    if ((uintptr_t)next < low || (uintptr_t)next >= end - sizeof *next) break;
+    uintptr_t place = (uintptr_t)*next;
+    if (place < low || place >= end) break;
+    places[count++] = place;
+  }
+  for (int i = 0; i < count; i++) {
+    uintptr_t stop = places[i] + MAX_ARGUMENT_BYTES;  // or where another argument begins
+    for (int j = 0; j < count; j++)
+      if (places[j] > places[i] && places[j] < stop) stop = places[j];
+    if (stop > end) stop = end;
+    for (uintptr_t word = (places[i] + 7) & ~(uintptr_t)7; word + 8 <= stop; word += 8) memory_wipe(*(void **)word);
+  }
+}
+
+static cudaError_t launch(dim3 grid, dim3 block, void **arguments) {
+  cudaError_t error = check_launch(grid.x, grid.y, grid.z, block.x, block.y, block.z);
+  if (error == cudaSuccess) leave_zeros(arguments);
+  return fail(error);
 }
 
 ENTRY cudaError_t cudaLaunchKernel(const void *kernel, dim3 grid, dim3 block, void **arguments, size_t shared,
                                    cudaStream_t stream) {
-  return launch(grid, block);
+  return launch(grid, block, arguments);
 }
 
 ENTRY cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void **arguments, size_t shared,
                                      cudaStream_t stream) {
-  return launch(grid, block);
+  return launch(grid, block, arguments);
 }
 
 ENTRY cudaError_t cudaLaunchCooperativeKernel(const void *kernel, dim3 grid, dim3 block, void **arguments,
                                               size_t shared, cudaStream_t stream) {
-  return launch(grid, block);
+  return launch(grid, block, arguments);
 }
 
 ENTRY cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *configuration, const void *kernel, void **arguments) {
-  return launch(configuration->gridDim, configuration->blockDim);
+  return launch(configuration->gridDim, configuration->blockDim, arguments);
 }
 
 ENTRY cudaError_t __cudaGetKernel(cudaKernel_t *kernel, const void *function) {
