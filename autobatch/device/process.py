@@ -24,15 +24,17 @@ def tensor_bytes() -> int:
     torch = sys.modules.get("torch")
     if torch is None:
         return 0
+    things = gc.get_objects()
+    # By type, each judged once: there are many objects and few types, and isinstance would ask the object itself,
+    # which a lazy proxy answers by importing something.
+    kinds = {kind for kind in set(map(type, things)) if issubclass(kind, torch.Tensor)}
     sizes: dict[int, int] = {}
-    for thing in gc.get_objects():
-        # By type: isinstance would ask the object, and a lazy proxy would go and import something.
-        if issubclass(type(thing), torch.Tensor):
-            # Subclasses that only wrap other tensors have no storage; what they wrap is found by itself.
-            with contextlib.suppress(NotImplementedError, RuntimeError):
-                storage = thing.untyped_storage()
-                if storage.device.type == "cpu" and not storage.is_shared():
-                    sizes[storage._cdata] = storage.nbytes()
+    for tensor in (thing for thing in things if type(thing) in kinds):
+        # Subclasses that only wrap other tensors have no storage; what they wrap is found by itself.
+        with contextlib.suppress(NotImplementedError, RuntimeError):
+            storage = tensor.untyped_storage()
+            if storage.device.type == "cpu" and not storage.is_shared():
+                sizes[storage._cdata] = storage.nbytes()
     return sum(sizes.values())
 
 
