@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -55,6 +57,7 @@ class CudaDevice:
             total_bytes=total_bytes,
             free_bytes=free_bytes,
             capability=f"{properties.major}.{properties.minor}",
+            virtual=_is_virtual(),
         )
 
     def isolation(self) -> Isolation:
@@ -122,3 +125,15 @@ class CudaDevice:
         fraction = torch.cuda.get_per_process_memory_fraction(self._index)
         allowed_bytes = round(fraction * total_bytes)
         return allowed_bytes if self._memory_limit_bytes is None else min(allowed_bytes, self._memory_limit_bytes)
+
+
+def _is_virtual() -> bool:
+    """Whether CUDA here is answered by the virtual driver: then the file that this variable names is mapped."""
+    state = os.environ.get("AUTOBATCH_VIRTUAL_STATE")
+    if not state:
+        return False
+    try:
+        mappings = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # no Linux, so no virtual GPU either
+        return False
+    return any(line.endswith(f" {os.path.realpath(state)}") for line in mappings)

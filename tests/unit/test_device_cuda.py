@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,6 +48,16 @@ def test_the_gpu_as_torch_and_its_driver_see_it() -> None:
     assert str(properties.uuid) in str(info.uuid)
     assert info.capability == f"{properties.major}.{properties.minor}"
     assert info.total_bytes == torch.cuda.mem_get_info(0)[1]
+    assert info.driver or torch.version.hip
+    assert info.virtual == ("AUTOBATCH_VIRTUAL_STATE" in os.environ)
+
+
+@pytest.mark.gpu
+def test_a_state_that_no_driver_has_mapped_makes_no_gpu_virtual(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AUTOBATCH_VIRTUAL_STATE", str(tmp_path / "state"))
+    assert not CudaDevice("cuda").info().virtual
 
 
 @pytest.mark.gpu
