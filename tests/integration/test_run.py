@@ -1,5 +1,6 @@
 """``autobatch run`` from the outside: the command line, real commands, what is printed and what is left behind."""
 
+import importlib.util
 import os
 import pty
 import re
@@ -101,6 +102,16 @@ def test_bad_usage_is_one_clear_error(arguments, said):
     assert done.exit_code in (2, 3)
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ziglang") is not None, reason="a compiler is installed beside torch")
+def test_without_a_compiler_it_says_what_to_install(tmp_path):
+    variables = {"PATH": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path), "XDG_RUNTIME_DIR": str(tmp_path)}
+    done = run("--gpu", "t4", "--", sys.executable, "-c", "", variables=variables)
+    assert done.exit_code == 3
+    assert "need a C compiler" in done.stderr
+    assert "ziglang" in done.stderr
+    assert not list(tmp_path.glob("autobatch-gpu-*"))
 
 
 def test_any_capability_allows_a_card_without_kernels():
