@@ -65,6 +65,18 @@ def test_the_state_is_private_and_goes_with_its_maker(monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_folders_of_killed_makers_are_swept_when_they_are_old(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    alive = attach.make_state_folder()
+    old, young, other = (tmp_path / f"autobatch-gpu-{name}" for name in ("1-99999-dead", "1-99998-dead", "x-y-z"))
+    for folder in (old, young, other):
+        folder.mkdir()
+    for folder in (alive, old, other):
+        os.utime(folder, (0, 0))
+    new = attach.make_state_folder()
+    assert {alive, young, other, new} == set(tmp_path.iterdir())
+
+
 def test_too_late_once_torch_is_imported(monkeypatch):
     monkeypatch.setattr(attach, "present_state", lambda: None)
     gpu = VirtualGPU("t4")
