@@ -11,6 +11,7 @@ from autobatch.result import Outcome, Trial
 
 Ask = Callable[[int], Trial]
 
+LONGEST_JUMP = 5  # growth to this power; a bound seen from farther away than that tells nothing
 _SPARE_TRIALS = 2  # what guesses may cost, at worst, above plain growth and bisection
 
 
@@ -34,7 +35,7 @@ class Bracket:
     low: int = 0
     high: int | None = None
     doubt: float = 0.0
-    """By how many samples the aim may be wrong, judged by how far the latest peaks moved it."""
+    """By how many samples aim and bound may be wrong, judged by how far the latest peaks moved the bound."""
     trials: dict[int, Trial] = field(default_factory=dict)
     """By rank, in the order asked."""
     failure: Trial | None = None
@@ -94,14 +95,14 @@ class Bracket:
         rank = max(rank, self.low + 1)
         if self.last is not None:
             rank = min(rank, self.last)
-        size, aim = self.size, self.aim
+        size, bound = self.size, self.bound
         trial = self.trials[rank] = self.ask(self.rounding.size(rank))
         self.fit.learn(trial.batch_size, trial.measurement)
         if trial.fits:
             if not self.low and self.high is not None:
                 self._allowance = len(self.trials) + _bisections(rank, self.high) + _SPARE_TRIALS
             self.low = rank
-            self._judge_aim(size, aim)
+            self._judge_bound(size, bound)
         else:
             self.high, self.failure = rank, trial
             if trial.outcome is Outcome.LIMIT:
@@ -109,11 +110,12 @@ class Bracket:
                 self.notes.append(f"A batch of {trial.batch_size} met a limit other than memory: {reason}.")
         return trial.fits
 
-    def _judge_aim(self, size: int, former_aim: float | None) -> None:
-        """Learns from the former aim, seen from ``size``; from nearer, the error shrinks with the distance."""
-        aim = self.aim
-        if aim is not None and former_aim is not None and former_aim > size:
-            self.doubt = abs(aim - former_aim) * max(0.0, aim - self.size) / (former_aim - size)
+    def _judge_bound(self, size: int, former: float | None) -> None:
+        """Learns from how far the bound moved since it was seen from ``size``; nearer to it, less doubt is left."""
+        bound = self.bound
+        if bound is not None and former is not None and size < former <= self.size * self.growth**LONGEST_JUMP:
+            left = max(0.0, bound - self.size) / (former - size)
+            self.doubt = max(abs(bound - former), self.doubt) * left
 
     def refuse(self, trial: Trial) -> None:
         """Takes ``low`` back: ``trial`` found that it does not keep fitting."""

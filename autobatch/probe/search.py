@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from autobatch.errors import DoesNotFitError, InvalidArgumentError
-from autobatch.probe.bracket import Ask, Bracket
+from autobatch.probe.bracket import LONGEST_JUMP, Ask, Bracket
 from autobatch.probe.memory_fit import MemoryFit
 from autobatch.probe.rounding import Rounding
 
@@ -21,13 +21,13 @@ from autobatch.probe.rounding import Rounding
 # answers.
 _NEAR = 1.7  # an aim at most this many times the size is asked at once
 _SHORT = 0.85  # the part of the way to a farther aim that one jump goes
-_JUMP = 5  # growth to this power is the longest jump
 _WORTH = 0.25  # the part of the way to the bound that the next aim must be, to be asked before the bound
 _TOWARDS = 0.85  # the part of that way to go otherwise
 _DOUBTS = 2  # so many times its doubt below a refuted aim to look next, but
 _FALL = 1 / 6  # at most this part of the bracket
-_SPLIT = 0.4  # where to part a bracket about which nothing is known: below the middle, for a failure costs more
+_SPLIT = 0.35  # where to part a bracket about which nothing is known: below the middle, for a failure costs more
 _FAR_OFF = 1.5  # an aim so many brackets away says nothing about where inside to ask
+_CREEP = 32  # without failures, a step that gains less than this part of the size is not worth its trial
 _STEP_DOWN = 1 / 33  # a candidate that is not confirmed is stepped down by this part of it at most
 
 
@@ -115,7 +115,7 @@ def _find(bracket: Bracket, *, first_guess: int | None, avoid_oom: bool) -> None
     if avoid_oom:
         _creep(bracket)
     elif bracket.low:
-        if first_guess is None:
+        if first_guess is None or bracket.aim is not None:
             _approach(bracket)
         _pass_the_aim(bracket)
         _close(bracket)
@@ -143,7 +143,7 @@ def _approach(bracket: Bracket) -> None:
         elif aim is None or aim <= _NEAR * size or bracket.is_above(aim):
             return
         else:
-            bracket.guess(bracket.rank(min(size + _SHORT * (aim - size), size * bracket.growth**_JUMP)))
+            bracket.guess(bracket.rank(min(size + _SHORT * (aim - size), size * bracket.growth**LONGEST_JUMP)))
 
 
 def _pass_the_aim(bracket: Bracket) -> None:
@@ -185,10 +185,13 @@ def _close(bracket: Bracket) -> None:
 
 def _creep(bracket: Bracket) -> None:
     """Invariant: every size asked is one that the peaks promise to fit, with half of the way to the aim to spare."""
+    if bracket.aim is None:
+        bracket.notes.append("The trials measured no peaks, so nothing says whether a larger batch would fit.")
     while bracket.low and not bracket.done and bracket.aim is not None:
         size = bracket.size
-        rank = bracket.rank(min(size + (bracket.aim - size) / 2, size * bracket.growth**_JUMP))
-        if rank <= bracket.low:
+        way = (bracket.aim - size) / (1 if bracket.bound is None else 2)  # the first aim is on the safe side already
+        rank = bracket.rank(min(size + way, size * bracket.growth))
+        if rank <= bracket.low or bracket.rounding.size(rank) - size < size / _CREEP or bracket.is_above(bracket.aim):
             return
         bracket.try_rank(rank)
 

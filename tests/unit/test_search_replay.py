@@ -1,0 +1,145 @@
+"""The search on trials recorded on virtual cards: what it answers there, and what that costs.
+
+``tests/data/oracles_*.json`` hold, for each model and card, trials of three steps in a process that lives on, with
+the whole card and with 5 % of it withheld: rows of size, peak allocated and reserved bytes and the allocator's retries
+in each step, or the size alone where memory ran out. ``steps_survived`` are rows of size and the steps out of 20 that
+were survived in a fresh process, after two steps of one sample, and after a failed attempt at half as much again.
+Capacity is the whole card, nothing outside the allocator, compute capability 8.0; AdamW; ResNet-50 in fp16 autocast
+with a GradScaler and channels_last, GPT-2 (1024 tokens), BERT-base (512) and ViT-B/16 of transformers in bf16 autocast,
+the Llama-like 1.1 B in bf16 with checkpointing (2048).
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import json
+import statistics
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autobatch.probe.search import SearchAnswer, search
+from autobatch.result import Measurement, Outcome, Trial
+
+DATA = Path(__file__).parent.parent / "data"
+CELLS = [
+    *((model, f"{gib} GiB") for model in ("resnet50", "gpt2") for gib in (16, 24, 40, 80)),
+    *((model, f"{gib} GiB") for model in ("vit", "bert", "llama") for gib in (24, 80)),
+]
+HEADROOM = 0.05
+
+
+class Recorded:
+    """Trials as they were recorded; between two recorded sizes on a straight line, above all of them no memory."""
+
+    def __init__(self, rows: list[list[Any]]) -> None:
+        self.rows = {row[0]: row[1:] for row in rows}
+        self.sizes = sorted(self.rows)
+        self.trials: list[Trial] = []
+
+    def __call__(self, size: int) -> Trial:
+        peaks = self._between(size)
+        outcome, measured = Outcome.OOM, None
+        if peaks:
+            allocated, reserved, retries = peaks
+            outcome = Outcome.THRASHED if all(retries[1:]) else Outcome.FITS
+            measured = Measurement(peak_allocated_bytes=allocated, peak_reserved_bytes=reserved)
+        self.trials.append(Trial(batch_size=size, outcome=outcome, measurement=measured))
+        return self.trials[-1]
+
+    def _between(self, size: int) -> list[Any]:
+        if size in self.rows or size > self.sizes[-1]:
+            return self.rows.get(size, [])
+        after = bisect.bisect(self.sizes, size)
+        low, high = self.sizes[after - 1], self.sizes[after]
+        if not self.rows[low] or not self.rows[high]:
+            return []
+        part = (size - low) / (high - low)
+        first, second = self.rows[low], self.rows[high]
+        return [*(round(a + part * (b - a)) for a, b in zip(first[:2], second[:2], strict=True)), first[2]]
+
+
+class Survival:
+    """What kept fitting, and the two truths: ``solid``, below which all of it did, and ``top``, above which nothing."""
+
+    def __init__(self, rows: list[list[int]], spacing: int) -> None:
+        self.all = {size: min(steps) == 20 for size, *steps in rows}
+        self.top = max(size for size, *steps in rows if max(steps) == 20)
+        self.solid = max(n for n in self.all if all(kept for m, kept in self.all.items() if 0.85 * n <= m <= n))
+        self.spacing = spacing
+
+    def __call__(self, size: int) -> Trial:
+        near = [kept for other, kept in self.all.items() if abs(other - size) < self.spacing]
+        kept = all(near) if near else size < self.solid
+        return Trial(batch_size=size, outcome=Outcome.FITS if kept else Outcome.OOM)
+
+
+@dataclass
+class Run:
+    answer: SearchAnswer
+    trials: int
+    failures: int
+    survival: Survival
+
+
+@cache
+def load(model: str) -> Any:
+    return json.loads((DATA / f"oracles_{model}.json").read_text(encoding="utf-8"))["cells"]
+
+
+def replay(model: str, card: str, *, withheld: float, **options: Any) -> Run:
+    cell = load(model)[card]
+    rows = cell["trials"]
+    if withheld:
+        near = cell["trials_with_headroom"]
+        rows = [row for row in rows if row[0] < near[0][0]] + near
+    ask = Recorded(rows)
+    sizes = sorted(row[0] for row in cell["steps_survived"])
+    survival = Survival(cell["steps_survived"], spacing=min(b - a for a, b in itertools.pairwise(sizes)))
+    capacity = int(cell["capacity_bytes"] * (1 - withheld))
+    answer = search(ask, survival, capacity_bytes=capacity, **options)
+    return Run(answer, len(ask.trials) + 1, sum(not trial.fits for trial in ask.trials), survival)
+
+
+@pytest.mark.parametrize(("model", "card"), CELLS)
+def test_exact_answers_are_between_the_truths(model: str, card: str) -> None:
+    run = replay(model, card, withheld=0.0, multiple_of=1)
+    assert 0.97 * run.survival.solid <= run.answer.batch_size <= run.survival.top
+    assert run.trials <= 12
+    assert run.failures <= 4
+
+
+@pytest.mark.parametrize(("model", "card"), CELLS)
+def test_default_answers_are_cheap_and_large(model: str, card: str) -> None:
+    run = replay(model, card, withheld=HEADROOM)
+    assert 0.88 * run.survival.solid <= run.answer.batch_size <= run.survival.top
+    assert run.trials <= 9
+    assert run.failures <= 2
+
+
+def test_medians() -> None:
+    exact = [replay(*cell, withheld=0.0, multiple_of=1) for cell in CELLS]
+    default = [replay(*cell, withheld=HEADROOM) for cell in CELLS]
+    assert statistics.median(r.trials for r in exact) <= 9
+    assert statistics.median(r.failures for r in exact) <= 2
+    assert statistics.median(r.trials for r in default) <= 7
+    assert statistics.median(r.failures for r in default) <= 1
+
+
+@pytest.mark.parametrize(("model", "card"), CELLS)
+def test_avoid_oom_provokes_none_on_recorded_cards(model: str, card: str) -> None:
+    run = replay(model, card, withheld=HEADROOM, avoid_oom=True)
+    assert run.failures == 0
+    assert run.answer.batch_size >= 0.7 * run.survival.solid
+
+
+@pytest.mark.parametrize(("model", "card"), CELLS)
+def test_a_guess_from_a_slightly_different_card_needs_few_trials(model: str, card: str) -> None:
+    answer = replay(model, card, withheld=HEADROOM).answer.batch_size
+    run = replay(model, card, withheld=HEADROOM, first_guess=answer)
+    assert run.trials <= 5
+    assert run.answer.batch_size >= answer
