@@ -95,11 +95,11 @@ def workload_errors(ctx: click.Context) -> Iterator[None]:
         yield
     except (AutobatchError, click.ClickException, click.exceptions.Exit):
         raise
-    except Exception as exc:
+    except (Exception, SystemExit) as exc:
         raise Failure(_workload_line(exc), WORKLOAD_FAILED, _tail(ctx, _own_traceback(exc))) from exc
 
 
-def _own_traceback(exc: Exception) -> str:
+def _own_traceback(exc: BaseException) -> str:
     """The traceback of the process that raised ``exc``: frames of this one say nothing about the workload."""
     from autobatch.probe.processes import ChildTraceback
 
@@ -108,7 +108,7 @@ def _own_traceback(exc: Exception) -> str:
     return "".join(traceback.format_exception(exc))
 
 
-def _workload_line(exc: Exception) -> str:
+def _workload_line(exc: BaseException) -> str:
     first = next(iter(str(exc).strip().splitlines()), "")
     return f"the workload failed by itself: {type(exc).__name__}{': ' if first else ''}{first}"
 
