@@ -94,6 +94,7 @@ ENTRY cudaError_t cudaMallocFromPoolAsync(void **address, size_t bytes, cudaMemP
 }
 
 ENTRY cudaError_t cudaFreeAsync(void *address, cudaStream_t stream) {
+  NEED(current_context());
   return !address ? cudaSuccess : fail(pool_owns(address) ? pool_give(address) : memory_give(address));
 }
 

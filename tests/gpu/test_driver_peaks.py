@@ -1,0 +1,41 @@
+"""What training takes on a virtual GPU, to the byte, as the first sketch of the driver gave it."""
+
+import importlib.metadata
+import json
+from pathlib import Path
+
+import pytest
+from machines import Machine
+
+pytestmark = pytest.mark.gpu
+
+SCRIPT = Path(__file__).with_name("run_peaks.py")
+RECORDED = json.loads((Path(__file__).parents[1] / "data" / "sketch_peaks.json").read_text())
+GROUPS = [
+    "8.0 plain",
+    "8.0 expandable",
+    "8.0 world",
+    pytest.param("8.6 plain", marks=pytest.mark.slow),
+    pytest.param("9.0 plain", marks=pytest.mark.slow),
+    pytest.param("8.0 compiled", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_peaks_are_those_of_the_sketch(name, tmp_path):
+    installed = importlib.metadata.version("torch")
+    if not RECORDED["torch"].startswith(installed.partition("+")[0]):
+        pytest.skip(f"recorded with torch {RECORDED['torch']}, and this is {installed}")
+    capability, group = name.split()
+    major, minor = capability.split(".")
+    machine = Machine(tmp_path, total_bytes=RECORDED["card"]["total_bytes"], capability=(int(major), int(minor)))
+    output = machine.run(
+        str(SCRIPT),
+        group,
+        PYTORCH_ALLOC_CONF="expandable_segments:True" if group == "expandable" else "",
+        TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "inductor"),
+        TRITON_CACHE_DIR=str(tmp_path / "triton"),
+    )
+    lines = [json.loads(line) for line in output.splitlines() if line.startswith("[")]
+    assert {case: peaks for case, *peaks in lines} == RECORDED["peaks"][name]
+    assert machine.unwritten_answers() == {}

@@ -1,0 +1,251 @@
+"""The shared state under several processes. The driver is called directly, which takes no torch and little time."""
+
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from machines import Machine
+
+from autobatch.units import GIB, MIB
+
+pytestmark = pytest.mark.gpu
+
+CALLS = """
+import ctypes, os, sys, time
+cuda = ctypes.CDLL("libcuda.so.1", mode=ctypes.RTLD_GLOBAL)
+def malloc(bytes):
+    address = ctypes.c_void_p()
+    error = cuda.cudaMalloc(ctypes.byref(address), ctypes.c_size_t(bytes))
+    return (error, address.value)
+def free(address):
+    return cuda.cudaFree(ctypes.c_void_p(address))
+def memory():
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    error = cuda.cudaMemGetInfo(ctypes.byref(free), ctypes.byref(total))
+    return (error, free.value, total.value)
+"""
+OUT_OF_MEMORY, NOT_INITIALIZED, OPERATING_SYSTEM = 2, 3, 304
+
+
+@pytest.fixture
+def machine(tmp_path):
+    return Machine(tmp_path, outside_bytes=100 * MIB)
+
+
+def run(machine, code, **variables):
+    return machine.run("-c", CALLS + code, **variables)
+
+
+def hold(machine, bytes):
+    process = machine.start("-c", CALLS + f"print(malloc({bytes})[0], flush=True); sys.stdin.read()")
+    assert process.stdout.readline() == "0\n"
+    return process
+
+
+def test_a_context_takes_what_stands_outside_and_gives_it_back_at_the_end(machine):
+    code = "n = ctypes.c_int(); cuda.cudaGetDeviceCount(ctypes.byref(n)); print(n.value); input(); print(memory())"
+    with machine.start("-c", CALLS + code) as process:
+        assert process.stdout.readline() == "1\n"
+        assert machine.state()[0].processes == ()  # counting devices makes no context
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == f"(0, {8 * GIB - 100 * MIB}, {8 * GIB})\n"
+    [one] = machine.state()[0].processes
+    assert (one.alive, one.used_bytes, one.peak_bytes) == (False, 0, 100 * MIB)
+
+
+def test_a_context_that_does_not_fit_is_out_of_memory(machine):
+    with hold(machine, 8 * GIB - 150 * MIB) as process:
+        assert run(machine, "print(memory()[0])") == f"{OUT_OF_MEMORY}\n"
+        process.stdin.close()
+    assert run(machine, "print(memory()[0])") == "0\n"
+
+
+def test_memory_comes_in_granules_and_to_the_last_of_them(machine):
+    room = 8 * GIB - 100 * MIB
+    code = f"""
+print(malloc({room} + 1)[0], malloc({room} - {2 * MIB} + 1)[0], memory()[1], malloc(1)[0])
+"""
+    assert run(machine, code) == f"{OUT_OF_MEMORY} 0 0 {OUT_OF_MEMORY}\n"
+    assert machine.state()[0].processes[0].refused_allocations == 2
+
+
+def test_a_killed_process_gives_its_memory_back_before_anyone_waits_for_it(machine):
+    with hold(machine, 6 * GIB) as process:
+        assert run(machine, "print(malloc(4 << 30)[0])") == f"{OUT_OF_MEMORY}\n"
+        process.kill()
+        deadline = time.monotonic() + 20
+        while machine.state()[0].used_bytes and time.monotonic() < deadline:
+            time.sleep(0.01)
+        # It is a zombie now: nobody has waited for it.
+        assert run(machine, "print(malloc(4 << 30)[0])") == "0\n"
+
+
+def test_a_forked_child_owns_nothing_and_changes_nothing(machine):
+    code = """
+error, address = malloc(1 << 30)
+before = memory()
+if os.fork() == 0:
+    print(malloc(1)[0], free(address), memory()[0], flush=True)
+    os._exit(0)
+os.wait()
+print(memory() == before, free(address))
+"""
+    assert run(machine, code).splitlines() == [f"{NOT_INITIALIZED} {NOT_INITIALIZED} {NOT_INITIALIZED}", "True 0"]
+
+
+def test_a_child_forked_before_the_first_use_has_a_context_of_its_own(machine):
+    code = """
+n = ctypes.c_int(); cuda.cudaGetDeviceCount(ctypes.byref(n))
+if os.fork() == 0:
+    print(malloc(1 << 30)[0], flush=True)
+    os._exit(0)
+os.wait()
+print(memory()[1])
+"""
+    assert run(machine, code) == f"0\n{8 * GIB - 100 * MIB}\n"
+    assert sorted(p.peak_bytes for p in machine.state()[0].processes) == [100 * MIB, GIB + 100 * MIB]
+
+
+def test_exec_leaves_nothing_of_the_program_before_it(machine):
+    code = """
+if len(sys.argv) == 1:
+    malloc(5 << 30)
+    os.execv(sys.executable, [sys.executable, "-c", source, "again"])
+print(memory()[1])
+"""
+    assert run(machine, f"source = {CALLS + code!r}\n{code}") == f"{8 * GIB - 100 * MIB}\n"
+
+
+def test_the_lock_survives_holders_that_are_killed(machine):
+    hammer = CALLS + "\nprint(flush=True)\nwhile True: free(malloc(2 << 20)[1])"
+    for _ in range(5):
+        processes = [machine.start("-c", hammer) for _ in range(3)]
+        for process in processes:
+            process.stdout.readline()
+        time.sleep(0.05)
+        for process in processes:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+    assert run(machine, f"print(malloc({8 * GIB - 100 * MIB})[0])") == "0\n"
+
+
+def test_threads_forking_and_allocating_at_once(machine):
+    code = """
+import threading
+def work():
+    for _ in range(300): free(malloc(2 << 20)[1])
+threads = [threading.Thread(target=work) for _ in range(4)]
+for thread in threads: thread.start()
+for _ in range(20):
+    if os.fork() == 0: malloc(1); os._exit(0)
+    os.wait()
+for thread in threads: thread.join()
+print(memory()[1])
+"""
+    assert run(machine, code) == f"{8 * GIB - 100 * MIB}\n"
+
+
+def test_the_chosen_allocation_fails_and_no_other(tmp_path):
+    machine = Machine(tmp_path, fail=3)
+    assert run(machine, "print([malloc(1)[0] for _ in range(5)])") == f"[0, 0, {OUT_OF_MEMORY}, 0, 0]\n"
+
+
+def test_addresses_fall_and_are_used_again_when_the_range_ends(machine):
+    code = """
+import resource
+# Room for the card and little more than once.
+resource.setrlimit(resource.RLIMIT_AS, (16 << 30, 16 << 30))
+addresses = [malloc(10 << 20)[1] for _ in range(5)]
+print(addresses == sorted(addresses, reverse=True))
+for address in addresses[::2]: free(address)
+for _ in range(100):
+    error, address = malloc(5 << 30)
+    assert error == 0 and free(address) == 0
+blocks = [malloc(2 << 20) for _ in range(3000)]
+print(len({address for _, address in blocks} | set(addresses[1::2])), {error for error, _ in blocks})
+"""
+    assert run(machine, code) == "True\n3002 {0}\n"
+
+
+def test_too_little_address_space_is_a_clear_error_and_no_lack_of_memory(machine):
+    code = """
+import resource
+resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+print(malloc(1)[0])
+"""
+    with machine.start("-c", CALLS + code) as process:
+        out, err = process.communicate()
+    assert out == f"{OPERATING_SYSTEM}\n"
+    assert re.search(r"needs 9 GiB of address space.*limit of this process is 4 GiB \(ulimit -v\)", err, re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    ("visible", "indices"),
+    [
+        (None, [0, 1, 2]),
+        ("2,0", [2, 0]),
+        ("1, 9, 2", [1]),
+        ("", []),
+        ("-1", []),
+        ("1,1", []),
+        ("GPU-", []),
+        ("{uuid2},0", [2, 0]),
+        ("{uuid1:.12}", [1]),
+    ],
+)
+def test_visible_devices(tmp_path, visible, indices):
+    machine = Machine(tmp_path, cards=3)
+    uuids = [card.uuid for card in machine.state()]
+    code = """
+n = ctypes.c_int(); cuda.cudaGetDeviceCount(ctypes.byref(n))
+buses = []
+for device in range(n.value):
+    text = ctypes.create_string_buffer(20); cuda.cudaDeviceGetPCIBusId(text, 20, device)
+    buses.append(int(text.value.split(b":")[1], 16) - 1)
+print(buses)
+"""
+    variables = {}
+    if visible is not None:
+        variables["CUDA_VISIBLE_DEVICES"] = visible.format(uuid1=uuids[1], uuid2=uuids[2])
+    assert run(machine, code, **variables) == f"{indices}\n"
+
+
+@pytest.mark.parametrize("content", [None, b"", b"abvgpu\r\n" + bytes(5000), "other version"])
+def test_without_a_good_state_there_is_no_device_and_it_says_why(machine, content):
+    if content is None:
+        machine.path.unlink()
+    elif isinstance(content, bytes):
+        machine.path.write_bytes(content)
+    else:
+        data = bytearray(machine.path.read_bytes())
+        data[8] += 1
+        machine.path.write_bytes(data)
+    code = "n = ctypes.c_int(7); print(cuda.cudaGetDeviceCount(ctypes.byref(n)), n.value, malloc(1)[0])"
+    with machine.start("-c", CALLS + code) as process:
+        out, err = process.communicate()
+    assert out == "100 0 100\n"
+    assert err.count(str(machine.path)) == 1
+    assert ("No such file" if content is None else "not a state file of this version") in err
+
+
+def test_without_the_variable_there_is_no_device_and_it_says_why(machine):
+    code = CALLS + "print(cuda.cuInit(0))"
+    variables = {k: v for k, v in machine.environment().items() if k != "AUTOBATCH_VIRTUAL_STATE"}
+    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=True)
+    assert done.stdout == "100\n"
+    assert "AUTOBATCH_VIRTUAL_STATE is not set" in done.stderr
+
+
+def test_many_places_are_used_again_when_their_processes_are_gone(machine):
+    code = """
+n = ctypes.c_int(); cuda.cudaGetDeviceCount(ctypes.byref(n))
+for _ in range(4200):
+    if os.fork() == 0: os._exit(malloc(7 << 30)[0])
+    assert os.wait()[1] == 0
+"""
+    run(machine, code)
+    assert len(machine.state()[0].processes) == 4096
