@@ -72,7 +72,7 @@ _REAL = re.compile(
     r"|(cublas|cublasLt|cufft|cusolver|cusparse|cusparseLt)Get(StatusString|StatusName|ErrorString|ErrorName|Property)"
     r"|cusparseGetVersion|cusolverGetVersion|cufftGetVersion"
 )
-_OWN = re.compile(r"(?:__cuda|cuda[A-Z]|cublas|cudnn|cufft|cusolver|cusparse|nccl|nvrtc|cu[A-Z](?!File))\w*")
+_OWN = re.compile(r"(?:__cuda|cuda[A-Z]|cublas|cudnn|cufft|cusolver|cusparse|nccl|nvrtc|cu(?!File)[A-Z])\w*")
 _ATTRIBUTE = re.compile(r"__attribute__\s*\(\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)\)")
 _QUALIFIER = re.compile(r"\b(?:extern|__extension__|__restrict|__restrict__|__inline|__inline__)\b")
 _PROTOTYPE = re.compile(
