@@ -249,3 +249,29 @@ for _ in range(4200):
 """
     run(machine, code)
     assert len(machine.state()[0].processes) == 4096
+
+
+TAKEN_APART = """
+import gc, os, torch
+stream, event = torch.cuda.Stream(), torch.cuda.Event(enable_timing=True)
+event.record()
+pinned = torch.empty(10, pin_memory=True)
+there = pinned.to("cuda", non_blocking=True)
+there.record_stream(stream)
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    result = there + 1
+things = dict(stream=stream, event=event, pinned=pinned, there=there, graph=graph, result=result)
+del stream, event, pinned, there, graph, result
+for name in list(things):
+    if os.fork() == 0:
+        things.clear()
+        gc.collect()
+        os._exit(0)
+    assert os.wait()[1] == 0, name
+    del things[name]
+"""
+
+
+def test_a_forked_child_takes_its_parents_objects_apart(machine):
+    machine.run("-c", TAKEN_APART)

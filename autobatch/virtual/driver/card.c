@@ -122,6 +122,8 @@ cudaError_t context(int device) {
 }
 
 cudaError_t current_context(void) { return context(current); }
+int forked(void) { return forked_with_context; }
+cudaError_t context_or_fork(void) { return forked() ? cudaSuccess : current_context(); }
 
 int charge(int device, uint64_t bytes) { return has_context(device) && state_take(state, entries[device], bytes); }
 void refund(int device, uint64_t bytes) {

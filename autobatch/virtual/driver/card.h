@@ -34,6 +34,10 @@ cudaError_t select_device(int device);
 cudaError_t context(int device);
 // The same for the current device.
 cudaError_t current_context(void);
+// Whether this is the child of a process that had a context: it has none, and can have none. Destructors run here
+// too, on what was the parent's, and may not fail: what they call succeeds.
+int forked(void);
+cudaError_t context_or_fork(void);
 int has_context(int device);
 // Bytes for this process on `device`; false if they do not fit.
 int charge(int device, uint64_t bytes);

@@ -146,10 +146,9 @@ static int device_of(CUcontext context) {
 }
 
 ENTRY CUresult cuDevicePrimaryCtxGetState(CUdevice device, unsigned *flags, int *active) {
-  TRY(machine());
   if (flags) *flags = 0;
   *active = has_context(device);
-  return CUDA_SUCCESS;
+  return forked() ? CUDA_SUCCESS : (CUresult)machine();
 }
 
 ENTRY CUresult cuDevicePrimaryCtxRetain(CUcontext *handle, CUdevice device) {

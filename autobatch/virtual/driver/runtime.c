@@ -63,11 +63,12 @@ ENTRY cudaError_t cudaGetDeviceCount(int *count) {
 
 ENTRY cudaError_t cudaGetDevice(int *device) {
   *device = current_device();
-  return fail(machine());
+  return forked() ? cudaSuccess : fail(machine());
 }
 
 // Since CUDA 12 choosing a device makes its context.
 ENTRY cudaError_t cudaSetDevice(int device) {
+  if (forked() && device == current_device()) return cudaSuccess;
   NEED(select_device(device));
   return fail(context(device));
 }

@@ -81,8 +81,8 @@ ENTRY cudaError_t cudaStreamGetDevice(cudaStream_t stream, int *device) {
   return cudaSuccess;
 }
 
-ENTRY cudaError_t cudaStreamQuery(cudaStream_t stream) { return fail(current_context()); }
-ENTRY cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return fail(current_context()); }
+ENTRY cudaError_t cudaStreamQuery(cudaStream_t stream) { return fail(context_or_fork()); }
+ENTRY cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return fail(context_or_fork()); }
 
 ENTRY cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags) {
   if (ordinary(stream) && event && event->capture) stream->capture = event->capture;
@@ -106,7 +106,7 @@ ENTRY cudaError_t cudaStreamAddCallback(cudaStream_t stream, cudaStreamCallback_
 // ---- events
 
 ENTRY cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags) {
-  NEED(current_context());
+  NEED(context_or_fork());
   struct CUevent_st *made = calloc(1, sizeof *made);
   if (!made) return fail(cudaErrorMemoryAllocation);
   made->device = current_device();
@@ -122,7 +122,7 @@ ENTRY cudaError_t cudaEventDestroy(cudaEvent_t event) {
 }
 
 ENTRY cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned flags) {
-  NEED(current_context());
+  NEED(context_or_fork());
   struct capture *capture = capture_of(stream);
   event->capture = capture ? capture->id : 0;
   event->recorded = 1;
