@@ -34,8 +34,9 @@ _NVML = "libnvidia-ml.so.1"
 _ALIASES = ("libcuda.so.1", "libcuda.so")  # what programs open by name
 _ANSWERS = "answers.json"
 _VERSION = "version"
+_SCRATCH = "scratch"
 _FLAGS = ("-std=gnu11", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter")
-_LINK = ("-shared", "-Wl,-z,nodelete", "-Wl,-Bsymbolic-functions")
+_LINK = ("-shared", "-Wl,-z,nodelete", "-Wl,-Bsymbolic")
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,35 +214,36 @@ def _build(torch: Torch, version: str, folder: Path) -> None:
     """Compiles into a new folder and puts it in place at once. Programs that run keep what they have loaded."""
     command = compiler()
     work = Path(tempfile.mkdtemp(dir=folder.parent, prefix="build-"))
+    replaced = folder.with_name(f"{work.name}-replaced")
     try:
         _compile(command, torch, work)
+        shutil.rmtree(work / _SCRATCH)
         (work / _VERSION).write_text(version)
         for path in work.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif not path.is_symlink():
+            if not path.is_symlink():
                 path.chmod(0o600)
-        if folder.exists() or folder.is_symlink():
-            folder.rename(work / "replaced")
-            (work / "replaced").rename(folder.parent / f"{work.name}-replaced")
+        if os.path.lexists(folder):
+            folder.rename(replaced)
         work.rename(folder)
     finally:
-        shutil.rmtree(work, ignore_errors=True)
-        shutil.rmtree(folder.parent / f"{work.name}-replaced", ignore_errors=True)
+        for path in (work, replaced):
+            shutil.rmtree(path, ignore_errors=True)
+            if os.path.lexists(path):  # no folder, or one that cannot be removed
+                path.unlink()
 
 
 def _compile(command: list[str], torch: Torch, work: Path) -> None:
-    shims = work / "shims"
+    scratch = work / _SCRATCH
     for name, text in stubs.SHIMS.items():
-        (shims / name).parent.mkdir(parents=True, exist_ok=True)
-        (shims / name).write_text(text)
-    include = [f"-I{_SOURCES}", f"-isystem{shims}", *(f"-isystem{path}" for path in torch.includes)]
+        (scratch / name).parent.mkdir(parents=True, exist_ok=True)
+        (scratch / name).write_text(text)
+    include = [f"-I{_SOURCES}", f"-isystem{scratch}", *(f"-isystem{path}" for path in torch.includes)]
     generated = _generate(command, include, work)
     written = sorted(path for path in _SOURCES.glob("*.c") if path.name != "nvml.c")
     compile_ = [*command, *_FLAGS, *include, "-c"]
     # The headers' own declarations draw warnings in the generated files: deprecated types, unused parameters.
     jobs = [[*compile_, "-w", str(path), "-o", f"{path}.o"] for path in generated]
-    jobs += [[*compile_, str(path), "-o", str(work / "shims" / f"{path.stem}.o")] for path in [*written, _NVML_SOURCE]]
+    jobs += [[*compile_, str(path), "-o", str(work / _SCRATCH / f"{path.stem}.o")] for path in [*written, _NVML_SOURCE]]
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         list(pool.map(_run, jobs))
     objects = {Path(job[-1]).stem: job[-1] for job in jobs}
@@ -254,7 +256,7 @@ def _compile(command: list[str], torch: Torch, work: Path) -> None:
 
 
 def _generate(command: list[str], include: list[str], work: Path) -> list[Path]:
-    probe = work / "shims" / "headers.c"
+    probe = work / _SCRATCH / "headers.c"
     probe.write_text("".join(f"#if __has_include(<{name}>)\n#include <{name}>\n#endif\n" for name in stubs.HEADERS))
     text = _run([*command, *include, "-E", "-P", str(probe)])
     macros = _run([*command, *include, "-E", "-dM", str(probe)])
@@ -265,7 +267,7 @@ def _generate(command: list[str], include: list[str], work: Path) -> list[Path]:
     typed, untyped, names = stubs.generate(answers, loose, stubs.parse_versions(macros))
     unwritten = {answer.prototype.name: list(answer.unwritten) for answer in answers}
     (work / _ANSWERS).write_text(json.dumps({name: unwritten.get(name, []) for name in names}))
-    paths = [work / "shims" / "typed.c", work / "shims" / "untyped.c"]
+    paths = [work / _SCRATCH / "typed.c", work / _SCRATCH / "untyped.c"]
     paths[0].write_text(typed)
     paths[1].write_text(untyped)
     return paths

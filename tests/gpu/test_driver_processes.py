@@ -275,3 +275,17 @@ for name in list(things):
 
 def test_a_forked_child_takes_its_parents_objects_apart(machine):
     machine.run("-c", TAKEN_APART)
+
+
+def test_launches_that_no_card_can_do_are_refused_as_such(machine):
+    code = """
+class Dim3(ctypes.Structure):
+    _fields_ = [("x", ctypes.c_uint), ("y", ctypes.c_uint), ("z", ctypes.c_uint)]
+def launch(grid, block):
+    return cuda.cudaLaunchKernel(ctypes.c_void_p(1), Dim3(*grid), Dim3(*block), None, ctypes.c_size_t(0), None)
+print(launch((1, 1, 1), (1024, 1, 1)), launch((1 << 30, 65535, 65535), (8, 8, 8)))
+print(launch((1, 1, 1), (1025, 1, 1)), launch((1, 65536, 1), (1, 1, 1)), launch((0, 1, 1), (1, 1, 1)))
+cuda.cudaGetErrorString.restype = ctypes.c_char_p
+print(cuda.cudaGetErrorString(9).decode())
+"""
+    assert run(machine, code) == "0 0\n9 9 9\ninvalid configuration argument\n"

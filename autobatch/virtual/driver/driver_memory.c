@@ -3,17 +3,16 @@
 #include <string.h>
 
 #include "card.h"
+#include "driver.h"
 #include "memory.h"
 
-#define TRY(call)                               \
-  do {                                          \
-    cudaError_t try_ = (call);                  \
-    if (try_ != cudaSuccess) return (CUresult)try_; \
-  } while (0)
-
-ENTRY CUresult cuMemAlloc_v2(CUdeviceptr *address, size_t bytes) { return (CUresult)cudaMalloc((void **)address, bytes); }
+ENTRY CUresult cuMemAlloc_v2(CUdeviceptr *address, size_t bytes) {
+  return (CUresult)cudaMalloc((void **)address, bytes);
+}
 ENTRY CUresult cuMemFree_v2(CUdeviceptr address) { return (CUresult)cudaFree((void *)address); }
-ENTRY CUresult cuMemGetInfo_v2(size_t *free_bytes, size_t *total) { return (CUresult)cudaMemGetInfo(free_bytes, total); }
+ENTRY CUresult cuMemGetInfo_v2(size_t *free_bytes, size_t *total) {
+  return (CUresult)cudaMemGetInfo(free_bytes, total);
+}
 ENTRY CUresult cuMemAllocHost_v2(void **address, size_t bytes) { return (CUresult)cudaMallocHost(address, bytes); }
 ENTRY CUresult cuMemHostAlloc(void **address, size_t bytes, unsigned flags) {
   return (CUresult)cudaHostAlloc(address, bytes, flags);
@@ -113,7 +112,9 @@ struct physical {
   unsigned references;
 };
 
-static struct physical *physical_of(CUmemGenericAllocationHandle handle) { return (struct physical *)(uintptr_t)handle; }
+static struct physical *physical_of(CUmemGenericAllocationHandle handle) {
+  return (struct physical *)(uintptr_t)handle;
+}
 
 static void drop(struct physical *memory) {
   if (__atomic_sub_fetch(&memory->references, 1, __ATOMIC_ACQ_REL)) return;

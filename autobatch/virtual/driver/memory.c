@@ -40,7 +40,8 @@ static cudaError_t no_room(size_t wanted) {
   fprintf(stderr,
           "autobatch: the virtual GPU needs %zu GiB of address space (not of memory) and cannot have it; the limit of "
           "this process is %lld GiB (ulimit -v), raise it\n",
-          (wanted + ((size_t)1 << 30) - 1) >> 30, limit.rlim_cur == RLIM_INFINITY ? -1 : (long long)(limit.rlim_cur >> 30));
+          (wanted + ((size_t)1 << 30) - 1) >> 30,
+          limit.rlim_cur == RLIM_INFINITY ? -1 : (long long)(limit.rlim_cur >> 30));
   // Not an out-of-memory: a smaller batch would not help.
   return cudaErrorOperatingSystem;
 }

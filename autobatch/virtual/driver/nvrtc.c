@@ -35,4 +35,6 @@ ENTRY nvrtcResult nvrtcGetLoweredName(nvrtcProgram program, const char *expressi
 }
 
 ENTRY nvrtcResult nvrtcGetNumSupportedArchs(int *count) { return *count = 0, NVRTC_SUCCESS; }
-ENTRY const char *nvrtcGetErrorString(nvrtcResult error) { return error == NVRTC_SUCCESS ? "NVRTC_SUCCESS" : "NVRTC_ERROR"; }
+ENTRY const char *nvrtcGetErrorString(nvrtcResult error) {
+  return error == NVRTC_SUCCESS ? "NVRTC_SUCCESS" : "NVRTC_ERROR";
+}

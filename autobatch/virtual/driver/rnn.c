@@ -100,7 +100,8 @@ ENTRY cudnnStatus_t cudnnGetRNNTempSpaceSizes(cudnnHandle_t handle, cudnnRNNDesc
   size_t cells = (size_t)data->steps * (size_t)data->batch * (size_t)rnn->directions * (size_t)rnn->hidden;
   size_t kept = (size_t)gates_of(rnn) + (rnn->cell == CUDNN_LSTM ? 2 : 1);
   if (workspace) *workspace = cells * (size_t)gates_of(rnn) * width_of(rnn->type);
-  if (reserve) *reserve = mode == CUDNN_FWD_MODE_TRAINING ? (size_t)rnn->layers * cells * kept * width_of(rnn->type) : 0;
+  size_t all = (size_t)rnn->layers * cells * kept * width_of(rnn->type);
+  if (reserve) *reserve = mode == CUDNN_FWD_MODE_TRAINING ? all : 0;
   return CUDNN_STATUS_SUCCESS;
 }
 

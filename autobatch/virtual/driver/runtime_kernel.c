@@ -131,7 +131,9 @@ ENTRY cudaError_t __cudaGetKernel(cudaKernel_t *kernel, const void *function) {
   return cudaSuccess;
 }
 
-ENTRY cudaError_t cudaGetKernel(cudaKernel_t *kernel, const void *function) { return __cudaGetKernel(kernel, function); }
+ENTRY cudaError_t cudaGetKernel(cudaKernel_t *kernel, const void *function) {
+  return __cudaGetKernel(kernel, function);
+}
 
 // Every kernel is taken to use 32 registers a thread and no shared memory of its own.
 ENTRY cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes *about, const void *kernel) {

@@ -12,8 +12,8 @@
 #include <unistd.h>
 
 static struct state *refuse(const char *path, const char *why) {
-  fprintf(stderr, "autobatch: no virtual GPU in process %d: " STATE_VARIABLE "%s%s %s\n", (int)getpid(), path ? "=" : "",
-          path ? path : "", why);
+  fprintf(stderr, "autobatch: no virtual GPU in process %d: " STATE_VARIABLE "%s%s %s\n", (int)getpid(),
+          path ? "=" : "", path ? path : "", why);
   return NULL;
 }
 
@@ -122,7 +122,8 @@ int state_join(struct state *state, uint32_t card, struct state_entry **entry) {
   int fits = place && used(state, card) + outside <= state->cards[card].total_bytes;
   if (place) {
     // A context that does not fit leaves an entry too: that a process was refused is worth telling.
-    *place = (struct state_entry){.pid = pid, .started = start, .card = card, .status = fits ? ENTRY_ALIVE : ENTRY_GONE};
+    uint32_t status = fits ? ENTRY_ALIVE : ENTRY_GONE;
+    *place = (struct state_entry){.pid = pid, .started = start, .card = card, .status = status};
     place->used_bytes = place->peak_bytes = fits ? outside : 0;
     place->refused = !fits;
   }
