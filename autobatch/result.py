@@ -88,7 +88,6 @@ class BatchSizeResult:
     """The runs that confirmed the answer, one for each history; together they count as one trial."""
     eval_batch_size: int | None = None
     """The largest size for evaluation, where the workload has one."""
-    fastest_batch_size: int | None = None
     headroom: float = 0.0
     budget_bytes: int | None = None
     """What the device had for this workload, before the headroom was withheld."""
@@ -116,18 +115,21 @@ class BatchSizeResult:
 
     @property
     def peak_fraction(self) -> float | None:
-        """Peak allocated bytes at the answer over the budget, or None where either is unknown."""
-        peaks = [t.measurement.peak_allocated_bytes for t in self._runs_of_answer() if t.measurement]
-        known = [p for p in peaks if p is not None]
-        return max(known) / self.budget_bytes if known and self.budget_bytes else None
+        """Peak allocated bytes at the answer over the budget; None where they are unknown or count different things."""
+        peaks = [run.peak_allocated_bytes for run in self.answer_measurements() if run.peak_allocated_bytes is not None]
+        if not peaks or not self.budget_bytes or self.environment.get("kind") == "cpu":
+            return None
+        return max(peaks) / self.budget_bytes
+
+    def answer_measurements(self) -> list[Measurement]:
+        """What was measured at ``batch_size`` where it fitted, in the search and in confirming it."""
+        runs = [t for t in (*self.trials, *self.confirmation) if t.batch_size == self.batch_size and t.fits]
+        return [t.measurement for t in runs if t.measurement is not None and t.mode == self.trials[0].mode]
 
     @property
     def conclusion(self) -> str:
         """The answer in one line, for a person."""
         return _conclusion(self)
-
-    def _runs_of_answer(self) -> list[Trial]:
-        return [t for t in (*self.trials, *self.confirmation) if t.batch_size == self.batch_size and t.fits]
 
     def to_json(self, *, indent: int | None = 2) -> str:
         """This result as JSON text; :meth:`from_json` reads it back to an equal record."""
@@ -181,13 +183,16 @@ def _trial_from(plain: dict[str, Any]) -> Trial:
 
 def _table(result: BatchSizeResult) -> list[str]:
     lines = [f"{'batch':>8}  {'outcome':<13}  {'allocated':>10}  {'reserved':>10}  {'step':>8}"]
-    for kind, trials in (("", result.trials), (" (confirmed)", result.confirmation)):
-        for trial in trials:
-            m = trial.measurement or Measurement(peak_allocated_bytes=None, peak_reserved_bytes=None)
-            lines.append(
-                f"{trial.batch_size:>8}  {trial.outcome.value:<13}  {format_bytes(m.peak_allocated_bytes):>10}  "
-                f"{format_bytes(m.peak_reserved_bytes):>10}  {format_seconds(m.step_time_s):>8}{kind if trial.fits else ''}"
-            )
+    unknown = Measurement(peak_allocated_bytes=None, peak_reserved_bytes=None)
+    for trial in (*result.trials, *result.confirmation):
+        measured = trial.measurement or unknown
+        allocated, reserved = measured.peak_allocated_bytes, measured.peak_reserved_bytes
+        line = (
+            f"{trial.batch_size:>8}  {trial.outcome.value:<13}  {format_bytes(allocated):>10}  "
+            f"{format_bytes(reserved):>10}  {format_seconds(measured.step_time_s):>8}"
+        )
+        mode = f"  {trial.mode}" if trial.mode != "train" else ""
+        lines.append(line + mode + (f"  confirming after {trial.history}" if trial.history else ""))
     return lines
 
 

@@ -81,7 +81,7 @@ def exit_codes(ctx: click.Context) -> Iterator[None]:
         raise Failure("interrupted", INTERRUPTED, _details(ctx, exc)) from exc
     except AutobatchError as exc:
         raise Failure(_line(ctx, exc), _exit_code(exc), _details(ctx, exc)) from exc
-    except click.ClickException:
+    except (click.ClickException, BrokenPipeError):  # click ends quietly when nobody reads on, as in `... | head`
         raise
     except Exception as exc:
         whole = "".join(traceback.format_exception(exc))

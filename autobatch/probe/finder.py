@@ -94,7 +94,8 @@ def find(
             setting=setting,
             steps=steps,
             capacity_bytes=_capacity(setting, limit_bytes, headroom),
-            is_restricted=headroom > 0 or limit_bytes is not None,
+            # The host has no edge of its own before the machine swaps: there the budget itself is the limit.
+            is_restricted=headroom > 0 or limit_bytes is not None or not place.comparable_peaks,
             on_trial=on_trial,
             trials=[],
             confirmation=[],
@@ -191,7 +192,7 @@ class _Probe:
             f"holds {format_bytes(self.setting.held_bytes)}"
         )
         if error.trial is not None and error.trial.message:
-            message += f": {error.trial.message}"
+            message += f": {error.trial.message.split('. ')[0]}"
         return DoesNotFitError(message, error.trial)
 
 
@@ -250,9 +251,8 @@ def _least(*sizes: int | None) -> int | None:
 
 
 def _fragmentation(result: BatchSizeResult) -> tuple[str, ...]:
-    """Says so if much of what the allocator holds at the answer is in no tensor (FACTS: expandable segments help)."""
-    runs = [t.measurement for t in result.trials if t.batch_size == result.batch_size and t.fits and t.measurement]
-    for measured in runs:
+    """Says so if much of what the allocator holds at the answer is in no tensor: expandable segments help there."""
+    for measured in result.answer_measurements()[:1]:
         allocated, reserved = measured.peak_allocated_bytes, measured.peak_reserved_bytes
         if allocated and reserved and reserved > FRAGMENTED * allocated:
             return (

@@ -47,13 +47,13 @@ class _Progress:
 
 
 def run_trial(workload: Workload, device: Device, request: TrialRequest) -> Attempt:
-    """Runs ``request`` and says what became of it. Afterwards nothing of it is alive and the caches are empty.
+    """Runs ``request`` and says what became of it. Afterwards nothing of it is alive and the caches are empty, as it
+    expects to find them.
 
     Every exception that does not mean "out of memory" is raised unchanged, and so is a broken device context, as
     :class:`~autobatch.errors.DeviceCorruptedError`.
     """
     started_s, progress, failure, measured = time.monotonic(), _Progress(), None, None
-    clean_up(workload, device)
     with device.restrict(request.limit_bytes) as restricted:
         device.reset_peaks()
         try:

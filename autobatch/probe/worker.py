@@ -8,6 +8,7 @@ and runs trials until it is told to end, loses its prober, or is lost itself.
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib
 import inspect
 import os
@@ -58,6 +59,7 @@ def serve(descriptor: int) -> None:
     except BaseException as exc:  # noqa: BLE001 - it is raised again, by the prober
         talk.send(portable(exc))
         return
+    gc.freeze()  # what is imported is not garbage: each collection in a worker is spared looking at it
     fork_is_safe = _fork_is_safe()
     talk.send(fork_is_safe)
     while True:

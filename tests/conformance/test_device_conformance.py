@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import gc
 
-import conformance_places as places
 import psutil
 import pytest
 
 from autobatch.device.base import Device
 from autobatch.device.oom import is_oom
 from autobatch.units import MIB
+from tests.conformance import conformance_places as places
 
 SMALL, LARGE = 64 * MIB, 512 * MIB
 

@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 
 import pytest
-from machines import Machine
+
+from tests.gpu.machines import Machine
 
 pytestmark = pytest.mark.gpu
 

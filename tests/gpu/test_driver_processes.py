@@ -7,9 +7,9 @@ import sys
 import time
 
 import pytest
-from machines import Machine
 
 from autobatch.units import GIB, MIB
+from tests.gpu.machines import Machine
 
 pytestmark = pytest.mark.gpu
 

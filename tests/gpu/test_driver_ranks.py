@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from machines import Machine
 
 from autobatch.units import GIB, MIB
+from tests.gpu.machines import Machine
 
 pytestmark = [pytest.mark.gpu, pytest.mark.distributed]
 

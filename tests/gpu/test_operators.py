@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from machines import Machine
+
+from tests.gpu.machines import Machine
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.timeout(1200)]
 
