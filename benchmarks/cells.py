@@ -29,7 +29,7 @@ def resnet50(device: str) -> Any:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
     def sample(n: int) -> tuple[Any, Any]:
-        images = torch.zeros(n, 3, 224, 224, device=device, memory_format=torch.channels_last)
+        images = torch.empty(n, 3, 224, 224, device=device, memory_format=torch.channels_last)
         return images, torch.zeros(n, dtype=torch.long, device=device)
 
     return Workload(model, optimizer, torch.nn.functional.cross_entropy, sample, precision="fp16")

@@ -13,7 +13,6 @@ import importlib.util
 import json
 import os
 import platform
-import re
 import shutil
 import stat
 import subprocess
@@ -21,11 +20,11 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 from autobatch.errors import DeviceNotFoundError
 from autobatch.virtual import stubs
+from autobatch.virtual.host import Torch, check_host
 
 _SOURCES = Path(__file__).with_name("driver")
 _NVML_SOURCE = _SOURCES / "nvml.c"
@@ -39,15 +38,6 @@ _FLAGS = ("-std=gnu11", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra
 _LINK = ("-shared", "-Wl,-z,nodelete", "-Wl,-Bsymbolic")
 
 
-@dataclass(frozen=True, slots=True)
-class Torch:
-    """The installed torch, as far as it can be known without importing it."""
-
-    version: str
-    cuda: str
-    includes: tuple[Path, ...]
-
-
 def driver_folder() -> Path:
     """The folder with the driver for the installed torch, built if it is not there yet.
 
@@ -55,8 +45,7 @@ def driver_folder() -> Path:
         DeviceNotFoundError: saying what to install, where there is no CUDA 13 build of torch, no C compiler, or
             another platform than Linux on x86-64 or ARM.
     """
-    _check_platform()
-    torch = _find_torch()
+    torch = check_host()
     version = _version(torch)
     root = _cache_root()
     folder = root / f"cuda{torch.cuda}-{platform.machine()}-{version[:16]}"
@@ -88,52 +77,6 @@ def read_answers(folder: Path) -> dict[str, list[str]]:
 
 
 # ---- what there is
-
-
-def _check_platform() -> None:
-    if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
-        raise DeviceNotFoundError(
-            f"virtual GPUs need Linux on x86-64 or ARM (aarch64), and this is {platform.system()} on "
-            f"{platform.machine()}: use a container, or WSL on Windows"
-        )
-
-
-def _find_torch() -> Torch:
-    spec = importlib.util.find_spec("torch")
-    if spec is None or not spec.submodule_search_locations:
-        raise DeviceNotFoundError("virtual GPUs need torch: install torch>=2.11 from PyPI, its CUDA 13 build")
-    place = Path(spec.submodule_search_locations[0])
-    text = (place / "version.py").read_text() if (place / "version.py").exists() else ""
-    version, cuda = _assigned("__version__", text) or "unknown", _assigned("cuda", text)
-    if cuda is None or not cuda.startswith("13."):
-        kind = f"for CUDA {cuda}" if cuda else "without CUDA"
-        raise DeviceNotFoundError(
-            f"virtual GPUs need torch built for CUDA 13, and torch {version} is built {kind}: "
-            "install torch>=2.11 as it comes from PyPI, on a machine without a GPU too"
-        )
-    includes = tuple(_find_includes(place.parent))
-    missing = [name for name in ("cuda.h", "cudnn.h", "nccl.h") if not any((path / name).exists() for path in includes)]
-    if missing:
-        raise DeviceNotFoundError(
-            f"torch {version} is installed without NVIDIA's headers ({', '.join(missing)}): "
-            "install torch from PyPI with the nvidia-* packages it depends on"
-        )
-    return Torch(version, cuda, includes)
-
-
-def _assigned(name: str, text: str) -> str | None:
-    match = re.search(rf"^{name}\b[^=\n]*=\s*['\"]([^'\"]+)['\"]", text, re.MULTILINE)
-    return match[1] if match else None
-
-
-def _find_includes(site: Path) -> Iterator[Path]:
-    """NVIDIA's packages beside torch each bring a folder of headers."""
-    spec = importlib.util.find_spec("nvidia")
-    roots = [Path(place) for place in (spec.submodule_search_locations or [])] if spec else []
-    for root in dict.fromkeys([site / "nvidia", *roots]):
-        for package in ("cu13", "cudnn", "nccl", "cusparselt"):
-            if (root / package / "include").is_dir():
-                yield root / package / "include"
 
 
 @functools.cache

@@ -13,6 +13,7 @@ import pytest
 from autobatch.errors import DeviceNotFoundError
 from autobatch.virtual import build, stubs
 from autobatch.virtual.build import driver_folder, preload_libraries
+from autobatch.virtual.host import check_host
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="virtual GPUs need Linux")
 
@@ -141,7 +142,7 @@ def test_the_sources_compile_without_a_warning(tmp_path):
     for name, text in stubs.SHIMS.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    includes = [f"-isystem{path}" for path in [tmp_path, *build._find_torch().includes]]
+    includes = [f"-isystem{path}" for path in [tmp_path, *check_host().includes]]
     sources = [str(path) for path in build._SOURCES.glob("*.c")]
     command = [*build.compiler(), *build._FLAGS, "-Werror", f"-I{build._SOURCES}", *includes, "-fsyntax-only", *sources]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -281,7 +282,7 @@ def test_every_entry_point_that_torch_needs_is_there(cache):
     [folder] = (cache / "autobatch" / "driver").glob("cuda*")
     defined = symbols("--defined-only", folder / "libautobatch_cuda.so")
     needed = set()
-    for library in (build._find_torch().includes[0].parents[2] / "torch" / "lib").glob("lib*.so"):
+    for library in (check_host().includes[0].parents[2] / "torch" / "lib").glob("lib*.so"):
         needed |= symbols("--undefined-only", library)
     ours = {name for name in needed if stubs.is_ours(name)}
     assert len(ours) > 500
