@@ -182,15 +182,15 @@ def _trial_from(plain: dict[str, Any]) -> Trial:
 
 
 def _table(result: BatchSizeResult) -> list[str]:
-    lines = [f"{'batch':>8}  {'outcome':<13}  {'allocated':>10}  {'reserved':>10}  {'step':>8}"]
+    timed = not result.environment.get("virtual", False)  # nothing is computed there, so times say nothing
+    lines = [f"{'batch':>8}  {'outcome':<13}  {'allocated':>10}  {'reserved':>10}" + f"  {'step':>8}" * timed]
     unknown = Measurement(peak_allocated_bytes=None, peak_reserved_bytes=None)
     for trial in (*result.trials, *result.confirmation):
         measured = trial.measurement or unknown
         allocated, reserved = measured.peak_allocated_bytes, measured.peak_reserved_bytes
-        line = (
-            f"{trial.batch_size:>8}  {trial.outcome.value:<13}  {format_bytes(allocated):>10}  "
-            f"{format_bytes(reserved):>10}  {format_seconds(measured.step_time_s):>8}"
-        )
+        line = f"{trial.batch_size:>8}  {trial.outcome.value:<13}"
+        line += f"  {format_bytes(allocated):>10}  {format_bytes(reserved):>10}"
+        line += f"  {format_seconds(measured.step_time_s):>8}" * timed
         mode = f"  {trial.mode}" if trial.mode != "train" else ""
         lines.append(line + mode + (f"  confirming after {trial.history}" if trial.history else ""))
     return lines

@@ -29,8 +29,10 @@ from benchmarks.cells import CELLS, Cell
 
 SETTINGS: dict[str, tuple[int | str, float]] = {"defaults": ("auto", 0.05), "exact": (1, 0.0)}
 _GROWTH = 1.2  # from one size to the next, below the edge
-_NEAR = 0.8  # of the first size that fails: from here on the sizes are dense
-_DENSE = 64  # at most so many of them
+_NEAR = 0.88  # of the edge: from here on the sizes are dense,
+_DENSE = 12  # but about so many
+_BEYOND = 3  # sizes tried beyond the edge
+_PASSES = 3  # confirmations in a row after which smaller sizes are taken to pass
 _STEPS = 3
 
 
@@ -65,6 +67,17 @@ class Recorder:
         return TrialRequest(batch_size=size, steps=steps, limit_bytes=self._limit_bytes, sizes_before=before)
 
 
+def _around(recorder: Recorder, rounding: Rounding, edge: int) -> None:
+    """Trials around the rank ``edge``, then confirmations downwards until they keep passing."""
+    first = max(1, rounding.rank(int(_NEAR * rounding.size(edge))))
+    stride = max(1, (edge - first) // _DENSE)
+    ranks = range(edge - (edge - first) // stride * stride, edge + _BEYOND * stride + 1, stride)
+    fitting = [rounding.size(rank) for rank in ranks if recorder.ask(rounding.size(rank))]
+    passed = 0
+    while fitting and passed < _PASSES:
+        passed = passed + 1 if recorder.confirm(fitting.pop()) else 0
+
+
 def _growing() -> Iterator[int]:
     size = 1
     while True:
@@ -78,21 +91,13 @@ def record(cell: Cell, multiple_of: int | str, headroom: float) -> dict[str, Any
     capacity_bytes = int(cell.gb * 2**30 * (1 - headroom))
     with closing(ChildExecutor(cell.build, device.isolation())) as executor:
         recorder = Recorder(executor, capacity_bytes if headroom else None)
-        first_failure = next(size for size in _growing() if not recorder.ask(size))
+        next(size for size in _growing() if not recorder.ask(size))
         rounding = Rounding(multiple_of)
-        largest = max(size for size in recorder.trials if size < first_failure)
-        first, last = rounding.rank(int(_NEAR * largest)), rounding.rank(first_failure)
-        stride = max(1, (last - first) // _DENSE)
-        failed = 0
-        for rank in range(first, last + 1, stride):
-            size = rounding.size(max(1, rank))
-            if recorder.ask(size):
-                failed = 0
-                recorder.confirm(size)
-            else:
-                failed += 1
-            if failed == 4:
-                break
+        low, high = (rounding.rank(size) for size in sorted(recorder.trials)[-2:])
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if recorder.ask(rounding.size(middle)) else (low, middle)
+        _around(recorder, rounding, low)
     return {
         "capacity_bytes": capacity_bytes,
         "trials": [recorder.trials[size] for size in sorted(recorder.trials)],

@@ -7,7 +7,7 @@ optimizer, the loss, precision and clipping, and batches as large as the largest
 import torch
 from torch import nn
 
-from autobatch.probe.workload import Workload
+from autobatch import Workload
 
 VOCABULARY, LENGTH, WIDTH = 32_000, 512, 512
 

@@ -86,6 +86,9 @@ ERROR_CODES: dict[int, Tier] = {
 """``error_code`` of a ``torch.AcceleratorError``: the numbers of ``cudaError_t``, which HIP shares."""
 
 
+_SHORT_LINE = 120
+
+
 def classify(exc: BaseException) -> Tier | None:
     """What ``exc`` says about memory, itself or through what caused it; None if nothing.
 
@@ -108,7 +111,10 @@ def first_line(exc: BaseException) -> str:
     decided = classify(exc)
     error = next((e for e in _chain(exc) if decided and _tier_of(e) is decided), exc)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    # torch goes on for a paragraph after saying what and how much.
+    return lines[0] if len(lines[0]) <= _SHORT_LINE else ". ".join(lines[0].split(". ")[:2])
 
 
 def classify_exit(signal_number: int, *, memory_exhausted: bool) -> Tier | None:

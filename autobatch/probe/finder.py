@@ -192,7 +192,7 @@ class _Probe:
             f"holds {format_bytes(self.setting.held_bytes)}"
         )
         if error.trial is not None and error.trial.message:
-            message += f": {error.trial.message.split('. ')[0]}"
+            message += f": {error.trial.message}"
         return DoesNotFitError(message, error.trial)
 
 
