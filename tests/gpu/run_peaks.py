@@ -178,6 +178,8 @@ def main(group: str) -> None:
         stats = torch.cuda.memory_stats()
         keys = ("allocated_bytes.all.peak", "reserved_bytes.all.peak", "num_alloc_retries")
         print(json.dumps([name, *(stats[key] for key in keys)]), flush=True)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # its threads must not outlive main()
 
 
 if __name__ == "__main__":

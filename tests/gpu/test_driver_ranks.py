@@ -10,7 +10,7 @@ from tests.gpu.machines import Machine
 pytestmark = [pytest.mark.gpu, pytest.mark.distributed]
 
 TRAIN = """
-import json, os, torch, torch.distributed as dist
+import json, os, sys, torch, torch.distributed as dist
 from torch import nn
 rank = int(os.environ["LOCAL_RANK"])
 torch.cuda.set_device(rank)
@@ -27,18 +27,18 @@ dist.all_gather(all_of, mine)
 reduced = mine.clone()
 dist.all_reduce(reduced)
 gathered = [each.tolist() for each in all_of]
-print(json.dumps([rank, dist.get_world_size(), torch.cuda.current_device(), gathered]), flush=True)
+sys.stdout.write(json.dumps([rank, dist.get_world_size(), torch.cuda.current_device(), gathered]) + "\\n")  # at once
 dist.destroy_process_group()
 """
 ACCELERATE = """
-import json, torch
+import json, sys, torch
 from accelerate import Accelerator
 accelerator = Accelerator(mixed_precision="bf16")
 net = torch.nn.Linear(64, 64)
 net, optimizer = accelerator.prepare(net, torch.optim.AdamW(net.parameters()))
 accelerator.backward(net(torch.randn(4, 64, device=accelerator.device)).sum())
 optimizer.step()
-print(json.dumps([accelerator.process_index, accelerator.num_processes, str(accelerator.device)]), flush=True)
+sys.stdout.write(json.dumps([accelerator.process_index, accelerator.num_processes, str(accelerator.device)]) + "\\n")
 accelerator.end_training()
 """
 
