@@ -11,7 +11,7 @@ from autobatch.result import Outcome, Trial
 
 Ask = Callable[[int], Trial]
 
-LONGEST_JUMP = 5  # growth to this power; a bound seen from farther away than that tells nothing
+LONGEST_JUMP = 7  # growth to this power; a bound seen from farther away than that tells nothing
 _SPARE_TRIALS = 2  # what guesses may cost, at worst, above plain growth and bisection
 
 
@@ -36,6 +36,8 @@ class Bracket:
     high: int | None = None
     doubt: float = 0.0
     """By how many samples aim and bound may be wrong, judged by how far the latest peaks moved the bound."""
+    is_steady: bool = False
+    """True if the latest peaks left the bound about where it was seen before."""
     trials: dict[int, Trial] = field(default_factory=dict)
     """By rank, in the order asked."""
     failure: Trial | None = None
@@ -116,6 +118,7 @@ class Bracket:
         if bound is not None and former is not None and size < former <= self.size * self.growth**LONGEST_JUMP:
             left = max(0.0, bound - self.size) / (former - size)
             self.doubt = max(abs(bound - former), self.doubt) * left
+            self.is_steady = 2 * self.doubt < bound - self.size
 
     def refuse(self, trial: Trial) -> None:
         """Takes ``low`` back: ``trial`` found that it does not keep fitting."""

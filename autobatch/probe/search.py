@@ -19,16 +19,17 @@ from autobatch.probe.rounding import Rounding
 
 # Tuned on trials recorded on virtual cards (tests/data/oracles_*.json). Each changes what a search costs, none what it
 # answers.
-_NEAR = 1.7  # an aim at most this many times the size is asked at once
-_SHORT = 0.85  # the part of the way to a farther aim that one jump goes
-_WORTH = 0.25  # the part of the way to the bound that the next aim must be, to be asked before the bound
+_SPARED = 0.98  # at most so much of the bound is aimed at, for the allocator cannot reuse all that it holds
+_NEAR = 1.06  # an aim at most this many times the size is not worth a jump
+_SHORT = 0.8  # the part of the way to the aim that one jump goes while the bound is not steady
+_BEYOND = 1.01  # how far beyond the aim to ask first
 _TOWARDS = 0.85  # the part of that way to go otherwise
-_DOUBTS = 2  # so many times its doubt below a refuted aim to look next, but
+_DOUBTS = 4  # so many times its doubt below a refuted aim to look next, but
 _FALL = 1 / 6  # at most this part of the bracket
-_SPLIT = 0.35  # where to part a bracket about which nothing is known: below the middle, for a failure costs more
+_SPLIT = 0.42  # where to part a bracket about which nothing is known: below the middle, for a failure costs more
 _FAR_OFF = 1.5  # an aim so many brackets away says nothing about where inside to ask
 _CREEP = 32  # without failures, a step that gains less than this part of the size is not worth its trial
-_STEP_DOWN = 1 / 33  # a candidate that is not confirmed is stepped down by this part of it at most
+_STEP_DOWN = 1 / 33  # a candidate that is not confirmed is stepped down by this part of it, unless more is known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,35 +133,51 @@ def _fall(bracket: Bracket, *, near_the_answer: bool) -> None:
 
 
 def _approach(bracket: Bracket) -> None:
-    """Invariant: ``low`` fits. Jumps until the aim is near, stopping short of it, for a failure costs more than a line.
+    """Invariant: ``low`` fits. Jumps towards the aim until it is near, for a failure costs more than a trial.
 
     Without an aim it grows plainly, until something fails.
     """
     while not bracket.done:
         size, aim = bracket.size, bracket.aim
-        if aim is None and bracket.high is None:
+        if aim is None:
+            if bracket.high is not None:
+                return
             bracket.guess(bracket.next_growth())
-        elif aim is None or aim <= _NEAR * size or bracket.is_above(aim):
+            continue
+        target = _cautious(bracket, aim)
+        if target <= _NEAR * size or bracket.is_above(target):
             return
-        else:
-            bracket.guess(bracket.rank(min(size + _SHORT * (aim - size), size * bracket.growth**LONGEST_JUMP)))
+        bracket.guess(bracket.rank(min(target, size * bracket.growth**LONGEST_JUMP)))
+
+
+def _cautious(bracket: Bracket, aim: float) -> float:
+    """``aim``, or short of it where it is close to the bound, or where the bound has not been seen twice at about
+    the same place.
+
+    Where aim and bound are one, the allocator wastes nothing and there is nothing to be cautious about.
+    """
+    size, bound = bracket.size, bracket.bound
+    if bound is None or aim >= bound:
+        return aim
+    target = min(aim, _SPARED * bound)
+    return target if bracket.is_steady else size + _SHORT * (target - size)
 
 
 def _pass_the_aim(bracket: Bracket) -> None:
-    """Invariant: ``low`` fits and nothing has failed. Asks just beyond the aim until something does.
+    """Invariant: ``low`` fits and nothing has failed. Asks just beyond the aim, then towards the bound.
 
-    What fits beyond the aim does so because the allocator gave cached memory back. If that freed much, the next limit
-    is where reserved bytes reach the capacity again; if little, it can free more, and the bound is the better guess.
+    What fits beyond the aim does so because the allocator gave cached memory back, and it can give back more.
     """
     stride = 1
     while bracket.high is None and not bracket.done:
-        low, size, bound = bracket.low, bracket.size, bracket.bound
-        aim = bracket.aim or size
+        low, aim, bound = bracket.low, bracket.aim or bracket.size, bracket.bound
         step = bracket.rank(aim) + 1 - low
         if bound is None:
             step = max(step, stride)
-        elif stride > 1 and aim - size <= _WORTH * (bound - size):
+        elif stride > 1:
             step = round(_TOWARDS * (bracket.rank(bound) - low))
+        elif aim < bound:
+            step = min(bracket.rank(_BEYOND * aim) + 1 - low, (bracket.rank(bound) + 1 - low) // 2)
         stride *= 2
         bracket.guess(low + step)
 
@@ -197,24 +214,29 @@ def _creep(bracket: Bracket) -> None:
 
 
 def _settle(bracket: Bracket, confirm: Ask) -> bool:
-    """Steps down, in widening strides, until a size that was asked and fitted is confirmed; True if it had to."""
-    stride = 0
+    """Steps down until a size that was asked and fitted is confirmed; True if it had to."""
+    stepped = False
     while bracket.low:
-        refused, size = bracket.low, bracket.size
+        size = bracket.size
         trial = confirm(size)
         if trial.fits:
-            return stride > 0
+            return stepped
+        stepped = True
         bracket.refuse(trial)
         reason = f": {trial.message}" if trial.message else ""
         bracket.notes.append(f"A batch of {size} fitted once but did not keep fitting ({trial.outcome.value}{reason}).")
-        widest = math.ceil(_STEP_DOWN * refused)
-        stride = min(2 * stride or 1, widest)
-        while bracket.low < refused - stride and not bracket.try_rank(refused - stride):
-            stride += widest
+        below = _below(bracket, size)
+        while bracket.low < below and not bracket.try_rank(below):
+            below = _below(bracket, bracket.rounding.size(below))
         if not bracket.low and not bracket.closed:
             bracket.try_rank(1)
     reason = f": {bracket.failure.message}" if bracket.failure and bracket.failure.message else ""
     raise DoesNotFitError(f"Not even a batch of {bracket.rounding.size(1)} fits{reason}", bracket.failure)
+
+
+def _below(bracket: Bracket, size: int) -> int:
+    """The rank a step down from ``size``."""
+    return min(bracket.rank(size) - 1, bracket.rank(size * (1 - _STEP_DOWN)))
 
 
 def _proof(bracket: Bracket, *, avoid_oom: bool) -> str:
