@@ -19,7 +19,7 @@ from autobatch.probe.rounding import Rounding
 
 # Tuned on trials recorded on virtual cards (tests/data/oracles_*.json). Each changes what a search costs, none what it
 # answers.
-_SPARED = 0.98  # at most so much of the bound is aimed at, for the allocator cannot reuse all that it holds
+_SPARED = 0.975  # at most so much of the bound is aimed at, for the allocator cannot reuse all that it holds
 _NEAR = 1.06  # an aim at most this many times the size is not worth a jump
 _SHORT = 0.8  # the part of the way to the aim that one jump goes while the bound is not steady
 _BEYOND = 1.01  # how far beyond the aim to ask first
