@@ -163,7 +163,7 @@ class BatchSizeResult:
         name = self.environment.get("device", "unknown device")
         return (
             f"BatchSizeResult(batch_size={self.batch_size}, proof={self.proof!r}, trials={self.trial_count}, "
-            f"failures={self.oom_count}, device={name!r})"
+            f"failures={self.oom_count}, device={name!r}{', virtual=True' if self.environment.get('virtual') else ''})"
         )
 
     def __str__(self) -> str:

@@ -31,7 +31,7 @@ from autobatch.errors import (
 
 FOUND, DOES_NOT_FIT, BAD_USAGE, DEVICE_ERROR, WORKLOAD_FAILED, INTERNAL_ERROR, INTERRUPTED = 0, 1, 2, 3, 4, 70, 130
 
-_SHOWN_LINES = 6
+_SHOWN_LINES = 24
 _TRACEBACK_KEY = "autobatch.traceback"
 
 

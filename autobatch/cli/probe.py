@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -149,6 +151,8 @@ def _search(
     from autobatch.report.live import closing_lines, device_line, display_for, other_lines, say
     from autobatch.virtual.resolve import resolve_device
 
+    # Ends like an interrupt does: the child processes go, and the files of a virtual GPU with them.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     place = resolve_device(device, memory_limit_bytes=options["memory_limit"], any_capability=any_capability)
     console, info = Console(), identify(place)
     for line in (device_line(info, place.torch_device), *other_lines(info), f"Target: {workload.title}"):

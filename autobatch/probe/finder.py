@@ -17,7 +17,7 @@ from autobatch.probe.search import SearchAnswer, check_arguments, search
 from autobatch.probe.source import Source, builder_of, check_placed, source_of
 from autobatch.probe.state import preserved
 from autobatch.probe.trial import TrialRequest
-from autobatch.probe.worker import build
+from autobatch.probe.worker import build, check_not_importing_main
 from autobatch.probe.workload import Workload
 from autobatch.result import BatchSizeResult, Trial
 from autobatch.units import format_bytes, parse_bytes
@@ -25,6 +25,8 @@ from autobatch.virtual.resolve import resolve_device
 
 CONFIRM_STEPS = 10
 """Steps of a confirming run: enough to meet failures that come late, in the second step or in a later one."""
+
+NOT_RESTORED = "What the step function changes was not put back: name it in state=[model, optimizer]."
 
 FRAGMENTED = 1.05
 """Reserved over allocated bytes above which expandable segments are worth a word."""
@@ -79,6 +81,7 @@ def find(
         DoesNotFitError: not even the smallest size fits.
         Exception: whatever the workload raises for a reason other than memory, unchanged.
     """
+    check_not_importing_main()
     started_s = time.monotonic()
     rounding = {"multiple_of": multiple_of, "growth": growth, "max_batch_size": max_batch_size, "start": start}
     limits = {"avoid_oom": avoid_oom, "time_limit_s": time_limit_s}
@@ -102,7 +105,10 @@ def find(
             suspects={},
         )
         answers = probe.search(rounding | limits, comparable=place.comparable_peaks)
-    return probe.result(answers, headroom, limit_bytes, time.monotonic() - started_s)
+    result = probe.result(answers, headroom, limit_bytes, time.monotonic() - started_s)
+    if isinstance(executor, LocalExecutor) and isinstance(source, Workload) and not source.stateful:
+        result = replace(result, notes=(*result.notes, NOT_RESTORED))
+    return result
 
 
 @dataclass(kw_only=True)
@@ -252,7 +258,7 @@ def _least(*sizes: int | None) -> int | None:
 
 def _fragmentation(result: BatchSizeResult) -> tuple[str, ...]:
     """Says so if much of what the allocator holds at the answer is in no tensor: expandable segments help there."""
-    for measured in result.answer_measurements()[:1]:
+    for measured in result.answer_measurements()[:1] if result.proof == "next_size_failed" else []:
         allocated, reserved = measured.peak_allocated_bytes, measured.peak_reserved_bytes
         if allocated and reserved and reserved > FRAGMENTED * allocated:
             return (

@@ -17,7 +17,7 @@ Source = Workload | Callable[..., Any]
 
 
 @dataclass(frozen=True, slots=True)
-class _StepBuilder:
+class StepBuilder:
     """Makes a Workload of a step function, in whatever process it is called."""
 
     step: Callable[[int], Any]
@@ -32,6 +32,8 @@ def source_of(workload: Any, state: Sequence[Any]) -> Source:
     Raises:
         InvalidArgumentError: if it is neither a Workload nor callable, or if ``state`` is given for a Workload.
     """
+    if not isinstance(state, (list, tuple)):
+        raise InvalidArgumentError("state", state, "a list of what the step changes: [model, optimizer]")
     if isinstance(workload, Workload):
         if state:
             raise InvalidArgumentError("state", state, "empty for a Workload, which takes extra_state itself")
@@ -47,7 +49,7 @@ def builder_of(source: Source) -> Callable[..., Any] | None:
     """What another process can call to have ``source``; None for live objects."""
     if not isinstance(source, Workload):
         return source
-    return None if source.step is None else _StepBuilder(source.step)
+    return None if source.step is None else StepBuilder(source.step)
 
 
 def _required_parameters(function: Callable[..., Any]) -> int:

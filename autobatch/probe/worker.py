@@ -23,10 +23,32 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing import spawn
 from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
 from typing import Any
+
+from autobatch.errors import InvalidArgumentError
 
 PID = struct.Struct("q")  # what the server writes to its socket: a worker's pid, then how it ended
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+_importing_main = False
+
+
+def check_not_importing_main() -> None:
+    """Refuses a search that the main script starts while a child imports it.
+
+    Raises:
+        InvalidArgumentError: saying where the call belongs, as multiprocessing does.
+    """
+    if _importing_main:
+        raise InvalidArgumentError(
+            "workload",
+            "a function of this script",
+            "searched for under `if __name__ == '__main__':`, because the "
+            "process of the trials imports the script to find it",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +100,7 @@ def portable(exc: BaseException) -> Failure:
     """``exc`` if it survives pickling, else a WorkloadFailedError that says the same."""
     from autobatch.errors import WorkloadFailedError
 
-    text = "".join(traceback.format_exception(type(exc), exc, exc.__traceback__))
+    text = "".join(traceback.format_exception(type(exc), exc, _workload_frames(exc.__traceback__)))
     try:
         copied = pickle.loads(pickle.dumps(exc))
         if type(copied) is not type(exc) or str(copied) != str(exc):
@@ -88,8 +110,19 @@ def portable(exc: BaseException) -> Failure:
     return Failure(exception=exc, traceback_text=text)
 
 
+def _workload_frames(frames: TracebackType | None) -> TracebackType | None:
+    """``frames`` from where autobatch calls the workload on: those before say nothing about an error of its own."""
+    root, found = str(Path(__file__).parent.parent), frames
+    while found is not None and found.tb_frame.f_code.co_filename.startswith(root):
+        found = found.tb_next
+    return found or frames
+
+
 def _import(job: Job) -> Callable[..., Any]:
+    global _importing_main
+    _importing_main = True
     spawn.prepare(dict(job.preparation))
+    _importing_main = False
     importlib.import_module("torch")
     # The first optimizer imports it, for a second or two: better once here than in every worker.
     importlib.import_module("torch._dynamo")
@@ -159,7 +192,7 @@ def build(builder: Callable[..., Any], torch_device: str) -> Any:
         DoesNotFitError: saying how many bytes the model needs, if it alone does not fit.
     """
     from autobatch.device.oom import Tier, classify
-    from autobatch.errors import DoesNotFitError, InvalidArgumentError
+    from autobatch.errors import DoesNotFitError
     from autobatch.probe.workload import Workload
 
     failure = None

@@ -212,7 +212,9 @@ class _StepWorkload(Workload):
 
     def train_step(self, batch_size: int) -> None:
         assert self.step is not None
-        self.step(batch_size)
+        if isinstance(self.step(batch_size), Workload):
+            allowed = "step(n), or a function that builds a Workload from no argument or from one called 'device'"
+            raise InvalidArgumentError("workload", self.name, allowed)
 
     def eval_step(self, batch_size: int) -> None:
         raise InvalidArgumentError("mode", "eval", "train for a workload that is only a step function")

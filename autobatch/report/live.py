@@ -33,7 +33,7 @@ def display_for(console: Console, info: DeviceInfo) -> Display:
     """The display that suits ``console`` and a probe on the device ``info``."""
     if console.is_terminal:
         return _TableDisplay(console, comparable=info.kind != "cpu", timed=not info.virtual)
-    return _LineDisplay(console)
+    return _LineDisplay(console, comparable=info.kind != "cpu", timed=not info.virtual)
 
 
 class _TableDisplay:
@@ -74,8 +74,8 @@ class _TableDisplay:
 
 
 class _LineDisplay:
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def __init__(self, console: Console, *, comparable: bool, timed: bool) -> None:
+        self._console, self._comparable, self._timed = console, comparable, timed
         self._count = 0
 
     def __enter__(self) -> _LineDisplay:
@@ -86,11 +86,15 @@ class _LineDisplay:
 
     def on_trial(self, trial: Trial) -> None:
         self._count += 1
-        say(self._console, _trial_line(self._count, trial))
+        say(self._console, _trial_line(self._count, trial, comparable=self._comparable, timed=self._timed))
 
 
-def _trial_line(number: int, trial: Trial) -> str:
-    """One trial as ``key=value`` pairs in a fixed order, made to be found with grep."""
+def _trial_line(number: int, trial: Trial, *, comparable: bool, timed: bool) -> str:
+    """One trial as ``key=value`` pairs in a fixed order, made to be found with grep.
+
+    A peak of host memory is resident memory and its budget private data, so the two are not shown side by side; a step
+    of a virtual GPU computes nothing, so its time is not shown.
+    """
     measured = trial.measurement or Measurement(peak_allocated_bytes=None, peak_reserved_bytes=None)
     pairs = {
         "trial": str(number),
@@ -102,6 +106,10 @@ def _trial_line(number: int, trial: Trial) -> str:
         "step_s": "unknown" if measured.step_time_s is None else f"{measured.step_time_s:.4f}",
         "took_s": f"{trial.duration_s:.2f}",
     }
+    if not comparable:
+        del pairs["budget_gib"]
+    if not timed:
+        del pairs["step_s"]
     noticed = remark(trial)
     return " ".join(f"{key}={value}" for key, value in pairs.items()) + (f" ({noticed})" if noticed else "")
 
@@ -132,16 +140,20 @@ def other_lines(info: DeviceInfo) -> list[str]:
 
 
 def closing_lines(result: BatchSizeResult) -> list[str]:
-    """What was noticed, the answer, and two lines on how to use it."""
+    """What was noticed, the answer, and how to use it."""
     size = result.batch_size
     evaluation = f"; for evaluation: {result.eval_batch_size}" if result.eval_batch_size else ""
     effort = f"{_count(result.trial_count, 'trial')}, {_count(result.oom_count, 'failure')}"
+    withheld = f", {result.headroom:.0%} of memory left free" if result.headroom else ""
+    if result.trials[0].mode == "eval":
+        usage = f"TrainingArguments(per_device_eval_batch_size={size})"
+        evaluation = ""
+    else:
+        usage = f"TrainingArguments(per_device_train_batch_size={size})"
     return [
         *(f"Note: {note}" for note in result.notes),
-        f"{result.conclusion}{evaluation}. {effort}, {format_seconds(result.duration_s)}",
-        f"  Use it:       DataLoader(dataset, batch_size={size})  or  "
-        f"TrainingArguments(per_device_train_batch_size={size})",
-        "  In a script:  batch_size = autobatch.find(build).batch_size  # build() returns a Workload",
+        f"{result.conclusion}{evaluation}{withheld}. {effort}, {format_seconds(result.duration_s)}",
+        f"  Use it:  DataLoader(dataset, batch_size={size})  or  {usage}",
     ]
 
 

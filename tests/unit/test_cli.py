@@ -122,7 +122,7 @@ def test_the_workloads_own_error_shows_the_end_of_its_traceback(failing):
         deep(n - 1)
 
     try:
-        deep(9)
+        deep(90)
     except ValueError as exc:
         shown, whole = failing(exc, in_workload=True), failing(exc, "--traceback", in_workload=True)
     assert shown.exit_code == whole.exit_code == 4

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -208,3 +212,34 @@ def test_a_result_survives_json() -> None:
     device = fake()
     result = find(device.step, device=device)
     assert BatchSizeResult.from_json(result.to_json()) == result
+
+
+def test_a_builder_taken_for_a_step_is_told() -> None:
+    def build(dev: str) -> Workload:
+        return live()
+
+    with pytest.raises(InvalidArgumentError, match="called 'device'"):
+        find(build, device=fake())
+
+
+def test_a_step_whose_state_is_not_named_says_that_nothing_was_put_back() -> None:
+    device = fake()
+    assert any("state=[model, optimizer]" in note for note in find(device.step, device=device).notes)
+
+
+def test_state_must_be_a_list() -> None:
+    with pytest.raises(InvalidArgumentError, match="state=5"):
+        find(fake().step, state=5, device=fake())
+
+
+def test_a_script_without_the_guard_is_told_to_have_one(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import autobatch\nfrom tests.workloads import small\n"
+        "def build():\n    return small.build()\n"
+        "autobatch.find(build, device='cpu', memory_limit='256MiB', max_batch_size=2)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    done = subprocess.run([sys.executable, script], env=environment, check=False, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "if __name__ == '__main__':" in done.stderr.splitlines()[-1]
