@@ -100,6 +100,8 @@ def search(
     proof = _proof(bracket, avoid_oom=avoid_oom)
     if _settle(bracket, confirm):
         proof = "next_size_failed"
+        if bracket.high is not None and bracket.high > bracket.low + 1:
+            bracket.notes.append(f"Between {bracket.size} and {rounding.size(bracket.high)} no size was tried again.")
     return SearchAnswer(
         batch_size=bracket.size,
         proof=proof,

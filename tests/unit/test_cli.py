@@ -115,14 +115,16 @@ def test_traceback_shows_the_rest(failing):
     assert shown.stderr.endswith("Error: no device\n")
 
 
-def test_the_workloads_own_error_shows_the_end_of_its_traceback(failing):
+def test_the_workloads_own_error_shows_the_end_of_its_traceback(failing, monkeypatch):
+    monkeypatch.setattr("autobatch.cli.errors._SHOWN_LINES", 6)
+
     def deep(n: int) -> None:
         if n == 0:
             raise ValueError("shapes (3,) and (4,)\nsecond line")
         deep(n - 1)
 
     try:
-        deep(90)
+        deep(9)
     except ValueError as exc:
         shown, whole = failing(exc, in_workload=True), failing(exc, "--traceback", in_workload=True)
     assert shown.exit_code == whole.exit_code == 4
