@@ -51,7 +51,7 @@ class LocalExecutor:
         self._workload, self._device = workload, device
 
     def setting(self) -> Setting:
-        clean_up(self._workload, self._device)
+        # Nothing is released here: in a fresh process, training begins with the cache that building left behind.
         return Setting(
             budget_bytes=self._device.budget_bytes(),
             held_bytes=self._device.held_bytes(),

@@ -16,14 +16,14 @@ from autobatch.probe.isolation import ChildExecutor, is_importable
 from autobatch.probe.search import SearchAnswer, check_arguments, search
 from autobatch.probe.source import Source, builder_of, check_placed, source_of
 from autobatch.probe.state import preserved
-from autobatch.probe.trial import TrialRequest
+from autobatch.probe.trial import TrialRequest, clean_up
 from autobatch.probe.worker import build, check_not_importing_main
 from autobatch.probe.workload import Workload
 from autobatch.result import BatchSizeResult, Trial
 from autobatch.units import format_bytes, parse_bytes
 from autobatch.virtual.resolve import resolve_device
 
-CONFIRM_STEPS = 10
+CONFIRM_STEPS = 20
 """Steps of a confirming run: enough to meet failures that come late, in the second step or in a later one."""
 
 NOT_RESTORED = "What the step function changes was not put back: name it in state=[model, optimizer]."
@@ -221,6 +221,7 @@ def _executor(source: Source, device: Device, isolate: bool | str) -> Iterator[E
         check_placed(source, device)
     with preserved(source.stateful if isinstance(source, Workload) else (), device.torch_device):
         workload = source if isinstance(source, Workload) else build(source, device.torch_device)
+        clean_up(workload, device)
         with closing(LocalExecutor(workload, device)) as local:
             yield local
 

@@ -103,8 +103,9 @@ class TestGPT2OnAnA100ThatIsNotThere:
         assert lines[0].startswith("Device: NVIDIA A100-SXM4-40GB (cuda:0, virtual: ")
         trials = [re.match(r"trial=\d+ batch_size=(\d+) outcome=(\w+) ", line) for line in lines]
         shown = [(int(match[1]), match[2]) for match in trials if match]
-        assert shown == [(t.batch_size, t.outcome.value) for t in (*result.trials, *result.confirmation)]
-        assert lines[-3].startswith(f"Largest batch on NVIDIA A100-SXM4-40GB (virtual): {result.batch_size} (")
+        # In the order of events: a confirmation that fails is followed by further trials.
+        assert sorted(shown) == sorted((t.batch_size, t.outcome.value) for t in (*result.trials, *result.confirmation))
+        assert lines[-2].startswith(f"Largest batch on NVIDIA A100-SXM4-40GB (virtual): {result.batch_size} (")
         assert result.environment["virtual"] is True
 
     def test_training_of_ones_own_fits_at_the_answer_and_not_far_above(self, gpt2_on_a100, tmp_path):
@@ -177,7 +178,7 @@ def test_on_the_host_the_limit_is_named_and_kept(script):
     assert done.exit_code == 0, done.output
     lines = done.stdout.splitlines()
     assert "budget 64 MiB, the limit given" in lines[0]
-    size = int(re.search(r"Largest batch on host memory: (\d+) \((\d+) does not fit\)", lines[-3])[1])
+    size = int(re.search(r"Largest batch on host memory: (\d+) \((\d+) does not fit\)", lines[-2])[1])
     # A sample takes at least what four layers keep of it.
     assert 1024 <= size < 64 * 2**20 // (4 * 4 * 64)
 
