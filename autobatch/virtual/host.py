@@ -74,7 +74,7 @@ def _torch_at(place: Path) -> Torch:
         kind = f"for CUDA {cuda}" if cuda else "without CUDA"
         raise DeviceNotFoundError(
             f"virtual GPUs need torch built for CUDA 13, and torch {version} is built {kind}: "
-            "install torch>=2.11 as it comes from PyPI, on a machine without a GPU too"
+            "pip install torch>=2.11 as it comes from PyPI, on a machine without a GPU too"
         )
     includes = tuple(_find_includes(place.parent))
     missing = [name for name in _NEEDED_HEADERS if not any((path / name).exists() for path in includes)]

@@ -157,7 +157,7 @@ class TestCodes:
         assert probe(f"{script}:dying", "--gpu", "t4").exit_code == 4
 
     def test_130_and_nothing_is_left(self, script):
-        command = [sys.executable, "-m", "autobatch", "probe", f"{script}:build", "--gpu", "t4"]
+        command = [sys.executable, "-m", "autobatch", "probe", f"{script}:build", "--gpu", "t4", "--steps", "1000"]
         before = children()
         running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert running.stdout is not None

@@ -133,8 +133,7 @@ class TestOutput:
         assert lines[6] == "Note: more would fit with expandable segments"
         assert lines[7] == "Largest batch on fake device: 8 (16 does not fit). 4 trials, 1 failure, 6.0 s"
         assert "batch_size=8" in lines[8]
-        assert "autobatch.find" in lines[9]
-        assert len(lines) == 10
+        assert len(lines) == 9
 
     def test_json_is_written_and_reads_back(self, asked, tmp_path: Path):
         path = tmp_path / "result.json"
