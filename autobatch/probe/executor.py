@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -47,8 +47,8 @@ class Executor(Protocol):
 class LocalExecutor:
     """Trials in this process, of live objects. Restoring them is the caller's part."""
 
-    def __init__(self, workload: Workload, device: Device) -> None:
-        self._workload, self._device = workload, device
+    def __init__(self, workload: Workload, device: Device, restore: Callable[[], None] = lambda: None) -> None:
+        self._workload, self._device, self._restore = workload, device, restore
 
     def setting(self) -> Setting:
         # Nothing is released here: in a fresh process, training begins with the cache that building left behind.
@@ -64,9 +64,11 @@ class LocalExecutor:
         return run_trial(self._workload, self._device, request)
 
     def confirm(self, requests: tuple[TrialRequest, ...]) -> list[Attempt]:
-        # An emptied cache is as fresh as a process that goes on to train can be.
+        # The state before the probe and an emptied cache: that is how this process goes on to train.
         attempts: list[Attempt] = []
         for request in requests:
+            self._restore()
+            clean_up(self._workload, self._device)
             attempts.append(self.run(request))
             if not attempts[-1].trial.fits:
                 break

@@ -219,10 +219,10 @@ def _executor(source: Source, device: Device, isolate: bool | str) -> Iterator[E
         return
     if isinstance(source, Workload):
         check_placed(source, device)
-    with preserved(source.stateful if isinstance(source, Workload) else (), device.torch_device):
+    with preserved(source.stateful if isinstance(source, Workload) else (), device.torch_device) as restore:
         workload = source if isinstance(source, Workload) else build(source, device.torch_device)
         clean_up(workload, device)
-        with closing(LocalExecutor(workload, device)) as local:
+        with closing(LocalExecutor(workload, device, restore)) as local:
             yield local
 
 

@@ -24,22 +24,26 @@ Restore = Callable[[], None]
 
 
 @contextlib.contextmanager
-def preserved(objects: Iterable[Any], torch_device: str) -> Iterator[None]:
+def preserved(objects: Iterable[Any], torch_device: str) -> Iterator[Restore]:
     """Inside, ``objects`` and the global state that training touches may change; on leaving, all is as it was.
 
     ``objects`` are modules, optimizers, schedulers, scalers, generators, tensors, containers of these, or anything
     with ``state_dict`` and ``load_state_dict``. It is put back on success, on an error and on Ctrl-C; a Ctrl-C during
-    the restoring itself waits until that is done.
+    the restoring itself waits until that is done. Gives a function that puts it all back before that, as often as
+    it is called.
     """
     memento = _Memento()
     restores = [memento.capture(item) for item in objects]
     restores += _global_state(torch_device)
-    try:
-        yield
-    finally:
+
+    def restore_all() -> None:
         with _interrupts_deferred():
-            for restore in restores:
-                restore()
+            _run(restores)
+
+    try:
+        yield restore_all
+    finally:
+        restore_all()
 
 
 def fingerprint(*objects: Any, torch_device: str = "cpu") -> str:
