@@ -46,7 +46,8 @@ def test_trials_and_failures(rows: list[dict[str, Any]]) -> None:
         ),
     }
     if setting == "defaults" and reached != {"most": (True, True), "medians": (True, True)}:
-        assert (max(trials), max(failures)) <= (9, 3)
+        assert max(trials) <= 9
+        assert max(failures) <= 3
         pytest.xfail("with the defaults: medians 7.5 trials and 1.5 failures, and 3 failures in two cells")
     assert reached == {"most": (True, True), "medians": (True, True)}, rows
 
