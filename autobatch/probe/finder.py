@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from autobatch.device.base import Device
@@ -51,7 +51,8 @@ def find(
 ) -> BatchSizeResult:
     """The largest batch size of ``workload`` that trains on ``device``, found by running it.
 
-    What the caller has is left as it was, bit for bit: parameters, buffers, optimizer, scheduler, random numbers.
+    What the caller has is left as it was, bit for bit: parameters, buffers, optimizer, scheduler, random numbers. Of a
+    ``step(n)`` in this process only what ``state`` names is put back.
 
     Args:
         workload: a :class:`Workload` of live objects; a function without arguments (or with one named ``device``)
@@ -100,9 +101,6 @@ def find(
             # The host has no edge of its own before the machine swaps: there the budget itself is the limit.
             is_restricted=headroom > 0 or limit_bytes is not None or not place.comparable_peaks,
             on_trial=on_trial,
-            trials=[],
-            confirmation=[],
-            suspects={},
         )
         answers = probe.search(rounding | limits, comparable=place.comparable_peaks)
     result = probe.result(answers, headroom, limit_bytes, time.monotonic() - started_s)
@@ -121,9 +119,9 @@ class _Probe:
     capacity_bytes: int | None
     is_restricted: bool
     on_trial: Callable[[Trial], None] | None
-    trials: list[Trial]
-    confirmation: list[Trial]
-    suspects: dict[int, BaseException]
+    trials: list[Trial] = field(default_factory=list)
+    confirmation: list[Trial] = field(default_factory=list)
+    suspects: dict[int, BaseException] = field(default_factory=dict)
 
     def search(self, options: dict[str, Any], *, comparable: bool) -> dict[str, SearchAnswer]:
         """An answer for each mode of the workload: training first, so that evaluation meets what it leaves alive."""

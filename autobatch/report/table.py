@@ -71,7 +71,7 @@ def trials_table(trials: Sequence[Trial], *, comparable: bool, timed: bool) -> T
 
 def remark(trial: Trial) -> str:
     """What else there is to say of a trial: what it confirms, what was noticed."""
-    confirms = f"confirmed after {trial.history}" if trial.history and trial.fits else trial.history
+    confirms = f"{'confirmed' if trial.fits else 'not confirmed'} after {trial.history}" if trial.history else ""
     # An out-of-memory error says nothing that the outcome does not.
     message = "" if trial.outcome is Outcome.OOM else trial.message
     return ", ".join(part for part in (trial.mode if trial.mode != "train" else "", confirms, message) if part)

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from autobatch.device.base import DeviceInfo, GpuProcess
 from autobatch.report.live import device_line, display_for, other_lines
-from autobatch.report.table import result_table, trials_table
+from autobatch.report.table import remark, result_table, trials_table
 from autobatch.result import BatchSizeResult, Measurement, Outcome, Trial
 from autobatch.units import GIB
 
@@ -75,7 +75,8 @@ def test_the_table_of_a_result_has_the_confirmation_too():
     assert [row.split()[0] for row in rows] == ["8", "9", "8", "8"]
     assert "out of memory" in rows[1]
     assert "CUDA" not in rows[1]
-    assert "confirmed after a fresh start" in rows[2]
+    assert " confirmed after a fresh start" in rows[2]
+    assert remark(trial(8, Outcome.OOM, history="smaller batches")) == "not confirmed after smaller batches"
     assert "it crawls" in rows[3]
 
 
