@@ -159,7 +159,14 @@ class TestCodes:
     def test_130_and_nothing_is_left(self, script):
         command = [sys.executable, "-m", "autobatch", "probe", f"{script}:build", "--gpu", "t4", "--steps", "1000"]
         before = children()
-        running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        running = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            # Tests that run in the background have inherited to ignore an interrupt, and would hand that on.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         assert running.stdout is not None
         while not running.stdout.readline().startswith("trial="):
             assert running.poll() is None
