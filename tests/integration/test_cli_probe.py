@@ -165,7 +165,7 @@ class TestCodes:
             stderr=subprocess.PIPE,
             text=True,
             # Tests that run in the background have inherited to ignore an interrupt, and would hand that on.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - no threads here
         )
         assert running.stdout is not None
         while not running.stdout.readline().startswith("trial="):
