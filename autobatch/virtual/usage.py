@@ -85,7 +85,8 @@ def _line(row: ProcessUsage) -> str:
 
 
 def _shortened(command: tuple[str, ...]) -> str:
-    line = " ".join(shlex.join(command).split())  # a program given with -c may have many lines
+    # A program given with -c may have many lines, and where the first word lies says little.
+    line = " ".join(shlex.join((Path(command[0]).name, *command[1:])).split())
     return line if len(line) <= _MOST_LETTERS else f"{line[: _MOST_LETTERS - 3]}..."
 
 

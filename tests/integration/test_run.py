@@ -45,10 +45,11 @@ class Done:
         self.rows = [Row(line) for line in lines[heads[0] + 1 :]] if heads else []
 
 
-def run(*arguments, variables=(), stdin=None):
+def run(*arguments, variables=(), stdin=None, folder=None):
     done = subprocess.run(
         [*RUN, *map(str, arguments)],
         env=os.environ | dict(variables),
+        cwd=folder,
         capture_output=True,
         text=True,
         input=stdin,
@@ -156,13 +157,14 @@ def test_tells_what_the_process_used(tmp_path):
             print(torch.cuda.get_device_name())
         """,
     )
-    done = run("--gpu", "memory=24GiB,capability=8.6,outside=100MiB,name=mine", "--", sys.executable, path)
+    card = "memory=24GiB,capability=8.6,outside=100MiB,name=mine"
+    done = run("--gpu", card, "--", sys.executable, path.name, folder=tmp_path)
     assert (done.exit_code, done.stdout) == (0, "mine\n")
     [row] = done.rows
     assert (row.card, row.retries, row.ooms) == (0, 1, 1)
     assert (row.allocated, row.reserved) == (512 * MIB, 512 * MIB)
     assert row.driver == 612 * MIB
-    assert row.process == f"{sys.executable} {path}"
+    assert row.process == f"{Path(sys.executable).name} train.py"
 
 
 @pytest.mark.parametrize(
