@@ -24,6 +24,7 @@ class FakeDevice:
         peak: bytes at the peak of a step. It is called once for each step, so it may count, vary or raise.
         retries: how often the allocator frees and retries in a step of n samples, where it fits.
         shrinkable: False for a device that cannot be made smaller, so that peaks have to be compared.
+        streams: on how many streams there is memory when it runs out.
     """
 
     torch_device = "cpu"
@@ -36,12 +37,14 @@ class FakeDevice:
         *,
         retries: Callable[[int], int] = lambda n: 0,
         shrinkable: bool = True,
+        streams: int = 1,
     ) -> None:
         self.steps: list[int] = []
         """The sizes that were stepped, failures included, in their order."""
         self._capacity_bytes = self._limit_bytes = capacity_bytes
         self._peak, self._retries_of, self._shrinkable = peak, retries, shrinkable
         self._peak_bytes = self._retries = 0
+        self._streams = streams
 
     def step(self, n: int) -> None:
         """One step on ``n`` samples; raises :class:`MemoryError` if it needs more than there is."""
@@ -87,6 +90,9 @@ class FakeDevice:
 
     def retries(self) -> int:
         return self._retries
+
+    def streams(self) -> int:
+        return self._streams
 
     def measure(self) -> Measurement:
         return Measurement(peak_allocated_bytes=self._peak_bytes, peak_reserved_bytes=self._peak_bytes)

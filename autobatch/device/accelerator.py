@@ -126,6 +126,9 @@ class AcceleratorDevice:
     def retries(self) -> int | None:
         return self._stat("num_alloc_retries")
 
+    def streams(self) -> None:
+        """Unknown: torch.accelerator does not tell."""
+
     def measure(self) -> Measurement:
         memory = self._memory()
         return Measurement(

@@ -113,5 +113,8 @@ class Device(Protocol):
     def retries(self) -> int | None:
         """How often this process's allocator had to free and retry, since it began; None if unknown."""
 
+    def streams(self) -> int | None:
+        """On how many streams this process has memory now; None if unknown."""
+
     def measure(self) -> Measurement:
         """Peaks since :meth:`reset_peaks`. Retries, step time and capacity are the trial's to fill in."""

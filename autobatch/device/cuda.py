@@ -112,6 +112,9 @@ class CudaDevice:
         retries: int | None = torch.cuda.memory_stats(self._index).get("num_alloc_retries")
         return retries
 
+    def streams(self) -> int:
+        return len({part["stream"] for part in torch.cuda.memory_snapshot() if part["device"] == self._index})
+
     def measure(self) -> Measurement:
         free_bytes, total_bytes = torch.cuda.mem_get_info(self._index)
         return Measurement(

@@ -136,6 +136,9 @@ class HostDevice:
     def retries(self) -> None:
         """Unknown: malloc does not count."""
 
+    def streams(self) -> None:
+        """Unknown: there are none."""
+
     def measure(self) -> Measurement:
         memory = psutil.virtual_memory()
         peak_bytes = process.status_bytes().get("VmHWM", 0)

@@ -49,6 +49,7 @@ class LocalExecutor:
 
     def __init__(self, workload: Workload, device: Device, restore: Callable[[], None] = lambda: None) -> None:
         self._workload, self._device, self._restore = workload, device, restore
+        workload.begin()
 
     def setting(self) -> Setting:
         # Nothing is released here: in a fresh process, training begins with the cache that building left behind.

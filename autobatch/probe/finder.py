@@ -122,13 +122,16 @@ class _Probe:
     trials: list[Trial] = field(default_factory=list)
     confirmation: list[Trial] = field(default_factory=list)
     suspects: dict[int, BaseException] = field(default_factory=dict)
+    trained: int | None = None
+    """The batch that training takes, where evaluation comes amid it."""
 
     def search(self, options: dict[str, Any], *, comparable: bool) -> dict[str, SearchAnswer]:
-        """An answer for each mode of the workload: training first, so that evaluation meets what it leaves alive."""
+        """An answer for each mode of the workload. Evaluation comes second, for training is what it runs amid."""
         answers: dict[str, SearchAnswer] = {}
         for mode in ("train", "eval") if self.setting.mode == "both" else (self.setting.mode,):
             self.suspects.clear()
             guess = answers["train"].batch_size if answers else None
+            self.trained = guess
             try:
                 answers[mode] = search(
                     lambda size, mode=mode: self._ask(size, mode),  # type: ignore[misc]
@@ -161,24 +164,30 @@ class _Probe:
         return replace(result, notes=(*result.notes, *_fragmentation(result)))
 
     def _ask(self, size: int, mode: str) -> Trial:
-        attempt = self.executor.run(self._request(size, mode, self.steps))
+        # One sample is enough for an evaluation to meet the optimizer's state.
+        before = () if self.trained is None else (self._smallest("train"),)
+        attempt = self.executor.run(self._request(size, mode, self.steps, before))
         if attempt.suspect is not None:
             self.suspects[size] = attempt.suspect
         self.trials.append(self._told(attempt.trial))
         return attempt.trial
 
     def _confirm(self, size: int, mode: str) -> Trial:
-        fresh = replace(self._request(size, mode, CONFIRM_STEPS), history="a fresh start")
-        # The smallest that ran, which is one sample unless the caller started higher (batch norm refuses one).
-        smallest = min(t.batch_size for t in self.trials if t.fits and t.mode == mode)
-        after_small = replace(fresh, history="smaller batches", sizes_before=(smallest, smallest))
+        before = () if self.trained is None else (self.trained,)
+        fresh = replace(self._request(size, mode, CONFIRM_STEPS, before), history="a fresh start")
+        smallest = self._smallest(mode if self.trained is None else "train")
+        after_small = replace(fresh, history="smaller batches", sizes_before=(*before, smallest, smallest))
         attempts = self.executor.confirm((fresh, after_small))
         self.confirmation += [self._told(attempt.trial) for attempt in attempts]
         return attempts[-1].trial
 
-    def _request(self, size: int, mode: str, steps: int) -> TrialRequest:
+    def _smallest(self, mode: str) -> int:
+        """The smallest size that ran: one sample, unless the caller started higher (batch norm refuses one)."""
+        return min(trial.batch_size for trial in self.trials if trial.fits and trial.mode == mode)
+
+    def _request(self, size: int, mode: str, steps: int, before: tuple[int, ...]) -> TrialRequest:
         limit_bytes = self.capacity_bytes if self.is_restricted else None
-        return TrialRequest(batch_size=size, steps=steps, limit_bytes=limit_bytes, mode=mode)
+        return TrialRequest(batch_size=size, steps=steps, limit_bytes=limit_bytes, mode=mode, sizes_before=before)
 
     def _told(self, trial: Trial) -> Trial:
         if self.on_trial is not None:

@@ -155,7 +155,7 @@ def _preparation(builder: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _after_search(request: TrialRequest) -> TrialRequest:
-    return replace(request, history="the search itself", sizes_before=())
+    return replace(request, history="the search itself")
 
 
 def _lost_trial(request: TrialRequest, lost: WorkerLostError) -> Trial:

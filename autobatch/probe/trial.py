@@ -25,7 +25,8 @@ class TrialRequest:
     limit_bytes: int | None = None
     mode: str = "train"
     sizes_before: tuple[int, ...] = ()
-    """Batches to train first, under the same limit: the history that the size must survive."""
+    """Batches to run first, under the same limit: the history that the size must survive. They are trained, unless
+    the workload is one of evaluation alone."""
     history: str = ""
     """A name for that history; empty for a trial of the search."""
 
@@ -53,7 +54,17 @@ def run_trial(workload: Workload, device: Device, request: TrialRequest) -> Atte
     Every exception that does not mean "out of memory" is raised unchanged, and so is a broken device context, as
     :class:`~autobatch.errors.DeviceCorruptedError`.
     """
-    started_s, progress, failure, measured = time.monotonic(), _Progress(), None, None
+    started_s = time.monotonic()
+    attempt, streams = _run_once(workload, device, request)
+    if attempt.trial.outcome is Outcome.OOM and streams is not None and streams > 1:
+        # torch can give up although what another stream has just freed is enough (pytorch#189504).
+        attempt, _ = _run_once(workload, device, request)
+    return replace(attempt, trial=replace(attempt.trial, duration_s=time.monotonic() - started_s))
+
+
+def _run_once(workload: Workload, device: Device, request: TrialRequest) -> tuple[Attempt, int | None]:
+    """The attempt, and how many streams had memory when it ended."""
+    progress, failure, measured = _Progress(), None, None
     with device.restrict(request.limit_bytes) as restricted:
         device.reset_peaks()
         try:
@@ -64,6 +75,7 @@ def run_trial(workload: Workload, device: Device, request: TrialRequest) -> Atte
         tier = None if failure is None else classify(failure)
         if failure is None or tier is not None:
             measured = replace(device.measure(), capacity_bytes=request.limit_bytes or device.budget_bytes())
+        streams = device.streams() if tier is Tier.DEFINITE else None
         if failure is not None and tier is not None:
             _forget_frames(failure)
         clean_up(workload, device)
@@ -72,12 +84,9 @@ def run_trial(workload: Workload, device: Device, request: TrialRequest) -> Atte
     if failure is not None and tier is Tier.FATAL:
         raise DeviceCorruptedError(f"batch {request.batch_size}: {first_line(failure)}") from failure
     trial = _judge(request, progress, measured, tier, compare_peaks=not restricted)
-    trial = replace(
-        trial,
-        message=trial.message or (first_line(failure) if failure is not None else ""),
-        duration_s=time.monotonic() - started_s,
-    )
-    return Attempt(trial=trial, suspect=failure if tier is Tier.SUSPECT else None)
+    if failure is not None and not trial.message:
+        trial = replace(trial, message=first_line(failure))
+    return Attempt(trial=trial, suspect=failure if tier is Tier.SUSPECT else None), streams
 
 
 def clean_up(workload: Workload, device: Device) -> None:
@@ -89,8 +98,11 @@ def clean_up(workload: Workload, device: Device) -> None:
 
 def _run_steps(workload: Workload, device: Device, request: TrialRequest, progress: _Progress) -> None:
     step = workload.eval_step if request.mode == "eval" else workload.train_step
+    before = workload.eval_step if workload.mode == "eval" else workload.train_step
     for size in request.sizes_before:
-        step(size)
+        before(size)
+    if request.sizes_before:
+        device.reset_peaks()
     for _ in range(request.steps):
         started_s = time.perf_counter()
         step(request.batch_size)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -91,6 +91,7 @@ class Workload:
         self.name: str = name or type(getattr(model, "_orig_mod", model)).__name__
         self._evaluate = evaluate
         self._last: Any = None
+        self._slots: list[tuple[MutableMapping[Any, Any], set[int]]] = []
         if precision == "fp16" and scaler is None:
             self.scaler = torch.amp.GradScaler(self.device.type)
 
@@ -140,9 +141,24 @@ class Workload:
         with torch.no_grad():
             self._run_forward(batch_size)
 
+    def begin(self) -> None:
+        """Notes what the optimizers hold: what steps add to it, :meth:`forget` takes away."""
+        states = [item.state for item in self.stateful if isinstance(item, torch.optim.Optimizer)]
+        self._slots = [(state, set(map(id, state))) for state in states]
+
     def forget(self) -> None:
-        """Drops what steps leave alive: gradients, and the last step's batch, output and loss."""
+        """Drops what steps leave alive: gradients, the last step's batch, output and loss, and optimizer state.
+
+        A step that finds the optimizer's state there needs less than training's first steps, which create it between
+        the activations: on a virtual 80 GiB GPU, GPT-2 fits at 42 in the one way and at 39 in the other.
+        """
         self._last = None
+        self._zero_grad()
+        for state, known in self._slots:
+            for parameter in [key for key in state if id(key) not in known]:
+                del state[parameter]
+
+    def _zero_grad(self) -> None:
         self.model.zero_grad(set_to_none=True)
 
     def _run_forward(self, batch_size: int) -> Tensor:
@@ -196,6 +212,7 @@ class _StepWorkload(Workload):
         if not callable(step):
             raise InvalidArgumentError("step", step, "a function of n that trains one step on n samples")
         self.step, self.extra_state = step, tuple(state)
+        self._last, self._slots = None, []
         self.mode = "train"
         self.name = name or str(getattr(step, "__name__", type(step).__name__))
 
@@ -219,7 +236,7 @@ class _StepWorkload(Workload):
     def eval_step(self, batch_size: int) -> None:
         raise InvalidArgumentError("mode", "eval", "train for a workload that is only a step function")
 
-    def forget(self) -> None:
+    def _zero_grad(self) -> None:
         for item in self.extra_state:
             if hasattr(item, "zero_grad"):
                 item.zero_grad(set_to_none=True)

@@ -149,6 +149,9 @@ class VirtualGPU:
     def retries(self) -> int | None:
         return self._here().retries()
 
+    def streams(self) -> int | None:
+        return self._here().streams()
+
     def measure(self) -> Measurement:
         return self._here().measure()
 

@@ -203,3 +203,9 @@ def test_release_and_synchronize_are_harmless_at_any_time(place: places.Place) -
         place.device.release()
         place.device.synchronize()
     place.use(SMALL)
+
+
+def test_streams_are_counted_or_unknown(place: places.Place) -> None:
+    place.use(SMALL)
+    streams = place.device.streams()
+    assert streams is None or streams <= 1

@@ -152,6 +152,26 @@ def test_evaluation_has_its_own_size() -> None:
     assert small_find(workload(net(), mode="eval")).batch_size > result.batch_size
 
 
+def test_evaluation_amid_training_meets_the_optimizer_s_state() -> None:
+    """Adam holds as much again as the model, twice: an evaluation alone has that for itself."""
+    options = {"multiple_of": 1, "memory_limit": "2GiB", "headroom": 0.0}
+    amid = small_find(workload(net(), mode="both"), **options).eval_batch_size
+    alone = small_find(workload(net(), mode="eval"), **options).batch_size
+    assert amid < 0.95 * alone
+
+
+def test_every_trial_begins_as_training_does() -> None:
+    """Steps that find the optimizer's state there need less than the ones that create it."""
+    work, device = workload(net()), CudaDevice(DEVICE)
+    work.begin()
+    run_trial(work, device, TrialRequest(batch_size=2, steps=2))  # cuBLAS's workspace stays
+    held = torch.cuda.memory_allocated()
+    for size in (64, 8, 64):
+        assert run_trial(work, device, TrialRequest(batch_size=size, steps=3)).trial.fits
+        assert torch.cuda.memory_allocated() == held
+        assert not work.optimizer.state
+
+
 @dataclass
 class Batch:
     x: torch.Tensor

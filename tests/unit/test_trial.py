@@ -77,6 +77,26 @@ def test_retrying_in_every_settled_step_is_thrashing(retries_by_step: list[int],
     assert trial.measurement.alloc_retries == sum(retries_by_step[1:])
 
 
+@pytest.mark.parametrize(("streams", "outcome", "steps"), [(1, Outcome.OOM, [4]), (2, Outcome.FITS, [4, 4, 4, 4])])
+def test_out_of_memory_on_several_streams_is_tried_once_more(streams: int, outcome: Outcome, steps: list[int]) -> None:
+    """torch can give up although what another stream has just freed is enough (pytorch#189504)."""
+    needed = iter([200, 10, 10, 10])
+    device = FakeDevice(100, lambda n: next(needed), streams=streams)
+    assert attempt(device).trial.outcome is outcome
+    assert device.steps == steps
+
+
+def test_out_of_memory_twice_on_several_streams_counts() -> None:
+    device = FakeDevice(3, lambda n: n, streams=2)
+    assert attempt(device).trial.outcome is Outcome.OOM
+    assert device.steps == [4, 4]
+
+
+def test_peaks_are_those_of_the_size_asked_not_of_what_ran_before() -> None:
+    trial = attempt(FakeDevice(100, lambda n: n), sizes_before=(50,)).trial
+    assert trial.measurement.peak_allocated_bytes == 4
+
+
 def test_a_history_runs_first_and_is_named() -> None:
     device = FakeDevice(100, lambda n: n)
     trial = attempt(device, sizes_before=(1, 1), history="smaller batches").trial

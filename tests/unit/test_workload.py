@@ -82,7 +82,8 @@ def test_autocast_and_scaler(precision: str) -> None:
         model,
         torch.optim.SGD(model.parameters(), lr=1.0),
         lambda out, y: functional.mse_loss(out.float(), y),
-        lambda n: (torch.ones(n, 3), torch.zeros(n, 2)),
+        # Small, for a first scaled gradient that overflows would skip the step.
+        lambda n: (torch.full((n, 3), 0.1), torch.zeros(n, 2)),
         precision=precision,
         max_grad_norm=1.0,
     )
@@ -125,6 +126,35 @@ def test_evaluation_has_no_gradients_and_the_model_in_eval_mode() -> None:
     model.register_forward_hook(lambda m, i, o: seen.append((m.training, o.requires_grad)))
     Workload(model, sample=lambda n: torch.ones(n, 3), loss_fn=lambda o, b: o.sum()).eval_step(2)
     assert seen == [(False, False)]
+
+
+def test_optimizer_state_that_steps_add_is_forgotten_and_what_was_there_is_kept() -> None:
+    model = nn.Sequential(nn.Linear(3, 1), nn.Linear(1, 1))
+    optimizer = torch.optim.Adam(model.parameters())
+    workload = Workload(model, optimizer, sample=lambda n: torch.ones(n, 3), loss_fn=lambda o, b: o.sum())
+    first = model[0].weight
+    optimizer.state[first] = {"step": torch.zeros(()), "exp_avg": torch.zeros(1, 3), "exp_avg_sq": torch.zeros(1, 3)}
+    workload.begin()
+    workload.train_step(2)
+    assert len(optimizer.state) == 4
+    workload.forget()
+    assert list(map(id, optimizer.state)) == [id(first)]
+
+
+def test_the_optimizers_that_a_step_function_names_begin_anew_too() -> None:
+    model = nn.Linear(3, 1)
+    optimizer = torch.optim.Adam(model.parameters())
+
+    def step(n: int) -> None:
+        model(torch.ones(n, 3)).sum().backward()
+        optimizer.step()
+
+    workload = Workload.from_step(step, state=[model, optimizer])
+    workload.begin()
+    workload.train_step(2)
+    workload.forget()
+    assert not optimizer.state
+    assert model.weight.grad is None
 
 
 def test_the_last_output_lives_until_the_next_forward_and_no_longer_than_forget() -> None:
