@@ -16,7 +16,7 @@ from autobatch.errors import InvalidArgumentError
 from autobatch.units import format_bytes, format_seconds
 
 FORMAT_VERSION = 1
-PROOFS = ("next_size_failed", "max_batch_size", "dataset", "memory_model", "time_limit")
+PROOFS = ("next_size_failed", "stepped_down", "max_batch_size", "dataset", "memory_model", "time_limit")
 
 
 class Outcome(enum.Enum):
@@ -74,7 +74,8 @@ class BatchSizeResult:
     """The answer of a search. ``str()`` prints it as a table, ``repr()`` as one line.
 
     ``batch_size`` was run: it is in ``trials`` and in ``confirmation``. ``proof`` says why the search stopped there:
-    ``next_size_failed`` (the next permitted size does not fit), ``max_batch_size`` or ``dataset`` (a cap was reached),
+    ``next_size_failed`` (the next permitted size does not fit), ``stepped_down`` (``smallest_failure`` fitted once and
+    did not keep fitting, and not every size between was tried), ``max_batch_size`` or ``dataset`` (a cap was reached),
     ``memory_model`` (the caller chose to provoke no failure), ``time_limit``.
     """
 
@@ -202,6 +203,7 @@ def _conclusion(result: BatchSizeResult) -> str:
         device = f"{device} (virtual)"
     reasons = {
         "next_size_failed": f"{result.smallest_failure} does not fit",
+        "stepped_down": f"{result.smallest_failure} did not keep fitting",
         "max_batch_size": "the largest size allowed",
         "dataset": "the data set has no more samples",
         "memory_model": "the memory model allows no more without risking a failure",

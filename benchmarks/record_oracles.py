@@ -76,6 +76,19 @@ def _around(recorder: Recorder, rounding: Rounding, edge: int) -> None:
     passed = 0
     while fitting and passed < _PASSES:
         passed = passed + 1 if recorder.confirm(fitting.pop()) else 0
+    _where_confirmations_end(recorder, rounding)
+
+
+def _where_confirmations_end(recorder: Recorder, rounding: Rounding) -> None:
+    """Bisects between the largest size that is confirmed and the next one known not to be."""
+    low = max((rounding.rank(size) for size, kept in recorder.confirmed.values() if kept), default=0)
+    refused = [rounding.rank(size) for size, kept in recorder.confirmed.values() if not kept]
+    unfit = [rounding.rank(size) for size, row in recorder.trials.items() if row[-1] is not False]
+    high = min(rank for rank in [*refused, *unfit] if rank > low)
+    while high - low > 1:
+        middle = (low + high) // 2
+        kept = recorder.ask(rounding.size(middle)) and recorder.confirm(rounding.size(middle))
+        low, high = (middle, high) if kept else (low, middle)
 
 
 def _growing() -> Iterator[int]:

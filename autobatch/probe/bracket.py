@@ -80,10 +80,6 @@ class Bracket:
         """The rank of the largest permitted size not above ``size``."""
         return self.rounding.rank(int(size))
 
-    def ranks(self, samples: float) -> int:
-        """How many permitted sizes there are in ``samples`` below the aim."""
-        return 0 if self.aim is None else self.rank(self.aim) - self.rank(self.aim - samples)
-
     def is_above(self, size: float) -> bool:
         """True if a failure says that ``size`` does not fit."""
         return self.high is not None and self.rank(size) >= self.high
@@ -120,10 +116,15 @@ class Bracket:
             self.doubt = max(abs(bound - former), self.doubt) * left
             self.is_steady = 2 * self.doubt < bound - self.size
 
-    def refuse(self, trial: Trial) -> None:
-        """Takes ``low`` back: ``trial`` found that it does not keep fitting."""
-        self.high, self.failure = self.low, trial
-        self.low = max((rank for rank, known in self.trials.items() if known.fits and rank < self.high), default=0)
+    def step_down(self, part: float, *, refused: Trial | None = None) -> int:
+        """The rank to go down to: ``part`` of the size below the failure, which is ``low`` if ``refused`` found that
+        it does not keep fitting. What is known to fit above that rank counts no more."""
+        if refused is not None:
+            self.high, self.failure = self.low, refused
+        high = self.high or 1
+        below = min(high - 1, self.rank(self.rounding.size(high) * (1 - part)))
+        self.low = max((rank for rank, known in self.trials.items() if known.fits and rank <= below), default=0)
+        return below
 
     def next_growth(self) -> int:
         """The rank that plain growth asks after ``low``."""

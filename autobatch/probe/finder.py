@@ -266,7 +266,7 @@ def _least(*sizes: int | None) -> int | None:
 
 def _fragmentation(result: BatchSizeResult) -> tuple[str, ...]:
     """Says so if much of what the allocator holds at the answer is in no tensor: expandable segments help there."""
-    for measured in result.answer_measurements()[:1] if result.proof == "next_size_failed" else []:
+    for measured in result.answer_measurements()[:1] if result.smallest_failure is not None else []:
         allocated, reserved = measured.peak_allocated_bytes, measured.peak_reserved_bytes
         if allocated and reserved and reserved > FRAGMENTED * allocated:
             return (

@@ -20,16 +20,14 @@ from autobatch.probe.rounding import Rounding
 # Tuned on trials recorded on virtual cards (tests/data/oracles_*.json). Each changes what a search costs, none what it
 # answers.
 _SPARED = 0.975  # at most so much of the bound is aimed at, for the allocator cannot reuse all that it holds
-_NEAR = 1.06  # an aim at most this many times the size is not worth a jump
+_NEAR = 1.04  # an aim at most this many times the size is not worth a jump
 _SHORT = 0.8  # the part of the way to the aim that one jump goes while the bound is not steady
-_BEYOND = 1.01  # how far beyond the aim to ask first
 _TOWARDS = 0.85  # the part of the way from there to the bound to go next
-_DOUBTS = 4  # so many times its doubt below a refuted aim to look next, but
-_FALL = 1 / 6  # at most this part of the bracket
-_SPLIT = 0.46  # where to part a bracket about which nothing is known: below the middle, for a failure costs more
+_FALL = 1 / 40  # this part of the size below a refuted aim to look next
+_SPLIT = 0.43  # where to part a bracket about which nothing is known: below the middle, for a failure costs more
 _FAR_OFF = 1.5  # an aim so many brackets away says nothing about where inside to ask
 _CREEP = 32  # without failures, a step that gains less than this part of the size is not worth its trial
-_STEP_DOWN = 1 / 33  # a candidate that is not confirmed is stepped down by this part of it, unless more is known
+_STEP_DOWN = 1 / 33  # a candidate that is not confirmed is stepped down by this part of it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,9 +97,7 @@ def search(
     _find(bracket, first_guess=first_guess, avoid_oom=avoid_oom)
     proof = _proof(bracket, avoid_oom=avoid_oom)
     if _settle(bracket, confirm):
-        proof = "next_size_failed"
-        if bracket.high is not None and bracket.high > bracket.low + 1:
-            bracket.notes.append(f"Between {bracket.size} and {rounding.size(bracket.high)} no size was tried again.")
+        proof = "next_size_failed" if bracket.high == bracket.low + 1 else "stepped_down"
     return SearchAnswer(
         batch_size=bracket.size,
         proof=proof,
@@ -179,7 +175,7 @@ def _pass_the_aim(bracket: Bracket) -> None:
         elif stride > 1:
             step = round(_TOWARDS * (bracket.rank(bound) - low))
         elif aim < bound:
-            step = min(bracket.rank(_BEYOND * aim) + 1 - low, (bracket.rank(bound) + 1 - low) // 2)
+            step = min(bracket.rank(aim) + 1 - low, (bracket.rank(bound) + 1 - low) // 2)
         stride *= 2
         bracket.guess(low + step)
 
@@ -194,10 +190,12 @@ def _close(bracket: Bracket) -> None:
         low, high = bracket.low, bracket.high
         aim = low if bracket.aim is None else bracket.rank(bracket.aim)
         rank = (low + high) // 2 if bracket.aim is None else low + round(_SPLIT * (high - low))
-        if low < aim < high - 1 and not aimed:
+        if high - low <= 3:
+            rank = low + 1  # of two sizes that are left the lower: at most one more failure, for no more trials
+        elif low < aim < high - 1 and not aimed:
             rank, aimed = aim, True
         elif high - 1 <= aim <= low + _FAR_OFF * (high - low) and not aimed:
-            stride = 2 * stride or max(1, min(int(_FALL * (high - low)), bracket.ranks(_DOUBTS * bracket.doubt)))
+            stride = 2 * stride or max(1, high - bracket.rank(bracket.rounding.size(high) * (1 - _FALL)))
             rank = max(rank, top - stride)
         bracket.guess(rank)
 
@@ -216,7 +214,10 @@ def _creep(bracket: Bracket) -> None:
 
 
 def _settle(bracket: Bracket, confirm: Ask) -> bool:
-    """Steps down until a size that was asked and fitted is confirmed; True if it had to."""
+    """Steps down until a size that was asked and fitted is confirmed; True if it had to.
+
+    What fitted between a refused size and the step down is passed over: it is likely to be refused too.
+    """
     stepped = False
     while bracket.low:
         size = bracket.size
@@ -224,21 +225,15 @@ def _settle(bracket: Bracket, confirm: Ask) -> bool:
         if trial.fits:
             return stepped
         stepped = True
-        bracket.refuse(trial)
         reason = f": {trial.message}" if trial.message else ""
         bracket.notes.append(f"A batch of {size} fitted once but did not keep fitting ({trial.outcome.value}{reason}).")
-        below = _below(bracket, size)
+        below = bracket.step_down(_STEP_DOWN, refused=trial)
         while bracket.low < below and not bracket.try_rank(below):
-            below = _below(bracket, bracket.rounding.size(below))
+            below = bracket.step_down(_STEP_DOWN)
         if not bracket.low and not bracket.closed:
             bracket.try_rank(1)
     reason = f": {bracket.failure.message}" if bracket.failure and bracket.failure.message else ""
     raise DoesNotFitError(f"Not even a batch of {bracket.rounding.size(1)} fits{reason}", bracket.failure)
-
-
-def _below(bracket: Bracket, size: int) -> int:
-    """The rank a step down from ``size``."""
-    return min(bracket.rank(size) - 1, bracket.rank(size * (1 - _STEP_DOWN)))
 
 
 def _proof(bracket: Bracket, *, avoid_oom: bool) -> str:

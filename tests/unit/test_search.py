@@ -178,7 +178,7 @@ def test_an_answer_that_does_not_keep_fitting_is_stepped_down_to_one_that_was_as
     answer = search(oracle, confirm, multiple_of=1)
     assert answer.batch_size in (58, 59)
     assert oracle.trials[answer.batch_size].fits
-    assert (answer.proof, answer.smallest_failure) == ("next_size_failed", confirm.asked[-2])
+    assert (answer.proof, answer.smallest_failure) == ("stepped_down", confirm.asked[-2])
     assert "66 fitted once but did not keep fitting (oom: in the second step)" in answer.notes[0]
     assert len(confirm.asked) <= 6
 
