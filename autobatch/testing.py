@@ -28,7 +28,7 @@ class FakeDevice:
     """
 
     torch_device = "cpu"
-    comparable_peaks = True
+    ends_by_itself = True
 
     def __init__(
         self,

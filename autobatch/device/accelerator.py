@@ -35,7 +35,7 @@ class AcceleratorDevice:
         DeviceNotFoundError: if there is no such accelerator.
     """
 
-    comparable_peaks = True
+    ends_by_itself = True
 
     def __init__(
         self,

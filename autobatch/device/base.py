@@ -75,12 +75,9 @@ class Device(Protocol):
         """What to give to ``Tensor.to``: ``"cuda:0"``, ``"cpu"``, ``"mps"``. A fake has ``"cpu"``."""
 
     @property
-    def comparable_peaks(self) -> bool:
-        """Whether a measured peak and the budget count the same bytes.
-
-        True wherever an allocator counts. False on the host, where the limit counts private data, touched or not,
-        and the peak is resident memory: there peaks give the slope of a fit and are never held against a capacity.
-        """
+    def ends_by_itself(self) -> bool:
+        """Whether memory ends where the budget does. False on the host, which would swap: there :meth:`restrict` has
+        to put an end to it."""
 
     def info(self) -> DeviceInfo:
         """Who this is, and who else uses it. Never raises for a figure that cannot be had: that is None."""

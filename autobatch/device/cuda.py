@@ -31,7 +31,7 @@ class CudaDevice:
         DeviceNotFoundError: if there is no such GPU for this process.
     """
 
-    comparable_peaks = True
+    ends_by_itself = True
 
     def __init__(self, torch_device: str = "cuda", *, memory_limit_bytes: int | None = None) -> None:
         if not torch.cuda.is_available():

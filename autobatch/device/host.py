@@ -50,19 +50,20 @@ class HostDevice:
     That idle process is this one, less its free heap and its live tensors, taken at the first question about memory.
     A limit of b bytes lets private data, touched or not, grow b bytes above it. A model that exists already counts.
 
-    Peaks are resident memory above the idle process's. They miss what was reserved and never touched, so they serve
-    for the slope of a fit and are never held against the limit (:attr:`comparable_peaks`).
+    Peaks are those of resident memory (allocated) and of private data, touched or not (reserved), above the idle
+    process's. Only the second count what the limit does. The kernel keeps no mark of it, but one of the address space
+    (``VmPeak``), of which it is all that comes and goes with tensors.
 
     Args:
         memory_limit_bytes: what the workload may add; None for :data:`SHARE_OF_AVAILABLE` of what is available.
     """
 
     torch_device = "cpu"
-    comparable_peaks = False
+    ends_by_itself = False
 
     def __init__(self, *, memory_limit_bytes: int | None = None) -> None:
         self._memory_limit_bytes = memory_limit_bytes
-        self._old_peak_bytes = 0
+        self._old_peak_bytes = self._old_space_bytes = 0
 
     def info(self) -> DeviceInfo:
         memory = psutil.virtual_memory()
@@ -127,6 +128,7 @@ class HostDevice:
 
     def reset_peaks(self) -> None:
         self._old_peak_bytes = self._baseline.resident_bytes
+        self._old_space_bytes = process.status_bytes().get("VmPeak", 0)  # never reset: only one above it will be known
         try:
             Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM to what is resident now
         except OSError:
@@ -141,11 +143,16 @@ class HostDevice:
 
     def measure(self) -> Measurement:
         memory = psutil.virtual_memory()
-        peak_bytes = process.status_bytes().get("VmHWM", 0)
-        known = peak_bytes > self._old_peak_bytes
+        status = process.status_bytes()
+        resident_bytes, space_bytes = status.get("VmHWM", 0), status.get("VmPeak", 0)
+        # What is mapped and is no private data (libraries, the room that malloc's arenas keep) stays.
+        other_bytes = status.get("VmSize", 0) - status.get("VmData", 0)
+        data_bytes = space_bytes - other_bytes - self._baseline.data_bytes
         return Measurement(
-            peak_allocated_bytes=peak_bytes - self._baseline.resident_bytes if known else None,
-            peak_reserved_bytes=None,
+            peak_allocated_bytes=(
+                resident_bytes - self._baseline.resident_bytes if resident_bytes > self._old_peak_bytes else None
+            ),
+            peak_reserved_bytes=data_bytes if space_bytes > self._old_space_bytes else None,
             device_used_bytes=memory.total - memory.available,
         )
 

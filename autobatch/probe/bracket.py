@@ -12,6 +12,7 @@ from autobatch.result import Outcome, Trial
 Ask = Callable[[int], Trial]
 
 LONGEST_JUMP = 7  # growth to this power; a bound seen from farther away than that tells nothing
+_MOST_OF_THE_WAY = 2 / 3
 _SPARE_TRIALS = 2  # what guesses may cost, at worst, above plain growth and bisection
 
 
@@ -118,12 +119,14 @@ class Bracket:
 
     def step_down(self, part: float, *, refused: Trial | None = None) -> int:
         """The rank to go down to: ``part`` of the size below the failure, which is ``low`` if ``refused`` found that
-        it does not keep fitting. What is known to fit above that rank counts no more."""
+        it does not keep fitting. A size known to fit is enough if it is most of that way down; above, it counts no
+        more, for it is likely to be refused too."""
         if refused is not None:
             self.high, self.failure = self.low, refused
         high = self.high or 1
         below = min(high - 1, self.rank(self.rounding.size(high) * (1 - part)))
-        self.low = max((rank for rank, known in self.trials.items() if known.fits and rank <= below), default=0)
+        enough = max(below, min(high - 2, self.rank(self.rounding.size(high) * (1 - _MOST_OF_THE_WAY * part))))
+        self.low = max((rank for rank, known in self.trials.items() if known.fits and rank <= enough), default=0)
         return below
 
     def next_growth(self) -> int:

@@ -98,11 +98,10 @@ def find(
             setting=setting,
             steps=steps,
             capacity_bytes=_capacity(setting, limit_bytes, headroom),
-            # The host has no edge of its own before the machine swaps: there the budget itself is the limit.
-            is_restricted=headroom > 0 or limit_bytes is not None or not place.comparable_peaks,
+            is_restricted=headroom > 0 or limit_bytes is not None or not place.ends_by_itself,
             on_trial=on_trial,
         )
-        answers = probe.search(rounding | limits, comparable=place.comparable_peaks)
+        answers = probe.search(rounding | limits)
     result = probe.result(answers, headroom, limit_bytes, time.monotonic() - started_s)
     if isinstance(executor, LocalExecutor) and isinstance(source, Workload) and not source.stateful:
         result = replace(result, notes=(*result.notes, NOT_RESTORED))
@@ -125,7 +124,7 @@ class _Probe:
     trained: int | None = None
     """The batch that training takes, where evaluation comes amid it."""
 
-    def search(self, options: dict[str, Any], *, comparable: bool) -> dict[str, SearchAnswer]:
+    def search(self, options: dict[str, Any]) -> dict[str, SearchAnswer]:
         """An answer for each mode of the workload. Evaluation comes second, for training is what it runs amid."""
         answers: dict[str, SearchAnswer] = {}
         for mode in ("train", "eval") if self.setting.mode == "both" else (self.setting.mode,):
@@ -136,7 +135,7 @@ class _Probe:
                 answers[mode] = search(
                     lambda size, mode=mode: self._ask(size, mode),  # type: ignore[misc]
                     lambda size, mode=mode: self._confirm(size, mode),  # type: ignore[misc]
-                    capacity_bytes=self.capacity_bytes if comparable else None,
+                    capacity_bytes=self.capacity_bytes,
                     first_guess=guess,
                     **options,
                 )

@@ -22,6 +22,7 @@ from autobatch.probe.rounding import Rounding
 _SPARED = 0.975  # at most so much of the bound is aimed at, for the allocator cannot reuse all that it holds
 _NEAR = 1.04  # an aim at most this many times the size is not worth a jump
 _SHORT = 0.8  # the part of the way to the aim that one jump goes while the bound is not steady
+_LEAST = 1.005  # so many times the size at least, for less is not worth a trial
 _TOWARDS = 0.85  # the part of the way from there to the bound to go next
 _FALL = 1 / 40  # this part of the size below a refuted aim to look next
 _SPLIT = 0.43  # where to part a bracket about which nothing is known: below the middle, for a failure costs more
@@ -175,7 +176,8 @@ def _pass_the_aim(bracket: Bracket) -> None:
         elif stride > 1:
             step = round(_TOWARDS * (bracket.rank(bound) - low))
         elif aim < bound:
-            step = min(bracket.rank(aim) + 1 - low, (bracket.rank(bound) + 1 - low) // 2)
+            least = bracket.rank(_LEAST * bracket.size) - low
+            step = min(max(step, least), (bracket.rank(bound) + 1 - low) // 2)
         stride *= 2
         bracket.guess(low + step)
 
@@ -192,9 +194,9 @@ def _close(bracket: Bracket) -> None:
         rank = (low + high) // 2 if bracket.aim is None else low + round(_SPLIT * (high - low))
         if high - low <= 3:
             rank = low + 1  # of two sizes that are left the lower: at most one more failure, for no more trials
-        elif low < aim < high - 1 and not aimed:
+        elif low < aim < high and not aimed:
             rank, aimed = aim, True
-        elif high - 1 <= aim <= low + _FAR_OFF * (high - low) and not aimed:
+        elif high <= aim <= low + _FAR_OFF * (high - low) and not aimed:
             stride = 2 * stride or max(1, high - bracket.rank(bracket.rounding.size(high) * (1 - _FALL)))
             rank = max(rank, top - stride)
         bracket.guess(rank)
@@ -214,10 +216,7 @@ def _creep(bracket: Bracket) -> None:
 
 
 def _settle(bracket: Bracket, confirm: Ask) -> bool:
-    """Steps down until a size that was asked and fitted is confirmed; True if it had to.
-
-    What fitted between a refused size and the step down is passed over: it is likely to be refused too.
-    """
+    """Steps down until a size that was asked and fitted is confirmed; True if it had to."""
     stepped = False
     while bracket.low:
         size = bracket.size

@@ -39,7 +39,7 @@ class VirtualGPU:
         DeviceNotFoundError: if there is no such card, or this machine or its torch cannot have a virtual GPU.
     """
 
-    comparable_peaks = True
+    ends_by_itself = True
 
     def __init__(
         self,

@@ -112,15 +112,13 @@ def replay(model: str, card: str, *, withheld: float, **options: Any) -> Run:
 
 
 class Confirmed:
-    """The recorded confirmations; between two of them the worse one, and below all of them what fits keeps fitting."""
+    """The recorded confirmations; between two of them the nearer one, and below all of them what fits keeps fitting."""
 
     def __init__(self, rows: list[list[Any]]) -> None:
         self.rows, self.failures = dict(rows), 0
 
     def __call__(self, size: int) -> Trial:
-        below = max((n for n in self.rows if n <= size), default=None)
-        above = min((n for n in self.rows if n >= size), default=None)
-        kept = below is None or all(self.rows[n] for n in (below, above) if n is not None)
+        kept = size < min(self.rows) or self.rows[min(self.rows, key=lambda n: abs(n - size))]
         self.failures += not kept
         return Trial(batch_size=size, outcome=Outcome.FITS if kept else Outcome.OOM)
 
