@@ -123,10 +123,10 @@ def _find(bracket: Bracket, *, first_guess: int | None, avoid_oom: bool) -> None
 
 def _fall(bracket: Bracket, *, near_the_answer: bool) -> None:
     """Invariant: nothing has fitted. Steps down from a guess in widening strides, else asks the smallest size."""
-    stride = 1
-    while near_the_answer and not bracket.low and bracket.high is not None and bracket.high > stride:
-        bracket.try_rank(bracket.high - stride)
-        stride *= 2
+    part = _STEP_DOWN
+    while near_the_answer and not bracket.low and not bracket.closed and bracket.high is not None and part < 1:
+        bracket.try_rank(min(bracket.high - 1, bracket.rank(bracket.rounding.size(bracket.high) * (1 - part))))
+        part *= 2
     if not bracket.low and not bracket.closed:
         bracket.try_rank(1)
 

@@ -25,6 +25,9 @@ class StepBuilder:
     def __call__(self) -> Workload:
         return Workload.from_step(self.step)
 
+    def __repr__(self) -> str:
+        return repr(self.step)  # what the caller gave is what an error should name
+
 
 def source_of(workload: Any, state: Sequence[Any]) -> Source:
     """``workload`` as a Source.
