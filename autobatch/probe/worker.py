@@ -61,6 +61,13 @@ class Job:
     memory_limit_bytes: int | None
 
 
+@dataclass(frozen=True, slots=True)
+class SignatureRequest:
+    """Asks what the workload is, with so many samples made for it."""
+
+    batch_size: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
     """An exception on its way to the prober, beside the traceback that cannot travel with it."""
@@ -181,7 +188,11 @@ def _work(talk: Connection, builder: Callable[..., Any], job: Job) -> int:
     executor = LocalExecutor(build(builder, device.torch_device), device)
     talk.send(executor.setting())
     while True:
-        attempt = executor.run(talk.recv())
+        request = talk.recv()
+        if isinstance(request, SignatureRequest):
+            talk.send(executor.signature(request.batch_size))
+            continue
+        attempt = executor.run(request)
         talk.send((attempt.trial, portable(attempt.suspect) if attempt.suspect is not None else None))
 
 
