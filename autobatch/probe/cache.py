@@ -100,7 +100,7 @@ class ResultCache:
     def _files(self) -> list[Path]:
         try:
             return sorted(p for p in self.folder.iterdir() if _NAME.fullmatch(p.name) and not p.is_dir())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
         except OSError as exc:
             _warn(f"the cache folder {self.folder} cannot be read ({_reason(exc)})")
@@ -117,7 +117,7 @@ class ResultCache:
                 raise ValueError("another format, or changed since it was written")
             result = BatchSizeResult.from_json(json.dumps(body["result"]))
             return Entry(question=body["question"], saved_at_s=body["saved_at_s"], result=result)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, LookupError, TypeError, RecursionError) as exc:
             _warn(f"{path} is passed over: it is no answer that this autobatch can read ({_reason(exc)})")
