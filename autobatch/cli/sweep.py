@@ -49,7 +49,7 @@ def parse_sweep(ctx: click.Context, param: click.Parameter, text: str | None) ->
     name, equals, rest = text.partition("=")
     option, words = name.strip().replace("-", "_"), [word.strip() for word in rest.split(",")]
     if not equals or option not in OPTIONS:
-        raise click.BadParameter(f"{text!r} must be seq_len=N,N,... or image_size=N,N,...")
+        raise click.BadParameter(f"{text!r} must begin with {'= or '.join(OPTIONS)}=, as in seq_len=512,1024")
     if not all(word.isascii() and word.isdigit() and int(word) > 0 for word in words):
         raise click.BadParameter(f"{text!r} must have positive whole numbers, parted by commas, after {option}=")
     values = tuple(int(word) for word in words)

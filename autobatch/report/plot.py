@@ -55,7 +55,8 @@ def plot_result(result: BatchSizeResult, path: Path) -> None:
     axes.set_ylabel("peak memory, GiB")
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
-    axes.legend(fontsize="small")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize="small")
     figure.savefig(path, dpi=_DOTS_PER_INCH)
 
 
@@ -80,6 +81,7 @@ def plot_frontier(option: str, sizes: Sequence[tuple[int, int | None]], title: s
     axes.set_title(title, fontsize="medium")
     axes.set_xlabel(option)
     axes.set_ylabel("largest batch size")
+    axes.margins(0.1)  # room for the numbers
     axes.set_ylim(bottom=0)
     figure.savefig(path, dpi=_DOTS_PER_INCH)
 
