@@ -1,4 +1,4 @@
-"""A probe that is killed, at whatever moment: nothing of it lives on, holds a lock, or is half written."""
+"""Probes that share a GPU: one waits for the other, and one that is killed leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -118,4 +118,26 @@ def test_kills_at_random_moments_leave_nothing(bench: Bench, kills: int) -> None
     assert len(bench.cache.entries()) >= 1 + ended
     output, _ = bench.start(1000).communicate(timeout=120)
     assert "From the cache: found on " in output
+    bench.check_nothing_is_left()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="virtual GPUs need Linux")
+def test_of_two_probes_of_one_gpu_the_second_waits_and_finds_the_same(bench: Bench) -> None:
+    probes = [bench.start(cap) for cap in (10**9, 10**9 + 1)]
+    outputs = [probe.communicate(timeout=200)[0] for probe in probes]
+    answers = [line for output in outputs for line in output.splitlines() if line.startswith("Largest batch on ")]
+    assert len(answers) == 2
+    assert answers[0].split(". ")[0] == answers[1].split(". ")[0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="virtual GPUs need Linux")
+def test_the_wait_is_told_and_ends_with_the_other_probe(bench: Bench) -> None:
+    with FileLock(bench.lock):
+        probe = bench.start(4)
+        assert probe.stdout is not None
+        lines = iter(probe.stdout.readline, "")
+        assert any(line.startswith("Warning: another probe is at work on cuda:0: waiting") for line in lines)
+        assert probe.poll() is None
+    output, _ = probe.communicate(timeout=200)
+    assert "Largest batch on " in output
     bench.check_nothing_is_left()
