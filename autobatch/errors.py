@@ -32,6 +32,10 @@ class AutobatchError(Exception):
     """The root: ``except AutobatchError`` catches everything this package raises by itself."""
 
 
+class AutobatchWarning(UserWarning):
+    """Something went on otherwise than asked, and without harm to the answer."""
+
+
 class InvalidArgumentError(AutobatchError, ValueError):
     """An argument is wrong. Raised before any device is touched.
 

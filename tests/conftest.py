@@ -9,16 +9,32 @@ from __future__ import annotations
 import glob
 import itertools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from autobatch.probe.cache import CACHE_VARIABLE
 from autobatch.pytest_plugin import attach
 from autobatch.virtual.attach import present_state
 
 CARD = "a100-40gb"
 _GPU_FOLDER = Path(__file__).parent / "gpu"
 _GPU_MARKS, _OTHER_MARKS = ("gpu", "gpu_values"), ("slow", "distributed")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _answers_of_this_module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """For fixtures of a module, which are made before those of a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(CACHE_VARIABLE, str(tmp_path_factory.mktemp("answers")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _answers_of_this_test(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test finds the answer of another, nor leaves one in the user's own cache."""
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path_factory.mktemp("answers")))
 
 
 def has_real_gpu() -> bool:

@@ -16,6 +16,7 @@ from autobatch.cli.errors import exit_codes
 _COMMANDS = {
     "probe": ("autobatch.cli.probe:probe", "Find the largest batch of a model or of your own training step."),
     "devices": ("autobatch.cli.devices:devices", "Show every GPU and the host: memory, and who uses it."),
+    "cache": ("autobatch.cli.cache:cache", "List or clear the answers that were kept."),
     "run": ("autobatch.cli.run:run", "Run any command on a GPU that is not there."),
 }
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from autobatch.cli.errors import traceback_option
+from autobatch.cli.tables import print_table
 from autobatch.units import format_bytes
 
 if TYPE_CHECKING:
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
 
     from autobatch.device.base import Device, DeviceInfo
     from autobatch.virtual.catalog import Card
-
-_PIPE_WIDTH = 1000
 
 
 @click.command()
@@ -42,14 +41,14 @@ def devices(virtual: bool, as_json: bool) -> None:
         if as_json:
             click.echo(json.dumps([dataclasses.asdict(card) for card in cards()], indent=2))
         else:
-            _print(_catalog_table(cards()))
+            print_table(_catalog_table(cards()))
             click.echo("outside: what a process takes beside torch's allocator. Your own: memory=24GiB,capability=8.6")
         return
     found, torch_view = local_devices(), torch_versions()
     if as_json:
         click.echo(json.dumps({"devices": [_plain(info) for info in found], "torch": torch_view}, indent=2))
         return
-    _print(_device_table(found))
+    print_table(_device_table(found))
     click.echo(_torch_line(torch_view))
 
 
@@ -106,16 +105,6 @@ def torch_name(info: DeviceInfo) -> str | None:
 
 def _plain(info: DeviceInfo) -> dict[str, Any]:
     return {**dataclasses.asdict(info), "details": dict(info.details), "torch_device": torch_name(info)}
-
-
-def _print(table: Table) -> None:
-    from rich.console import Console
-
-    # A pipe has no width: there a table takes what it needs, so that a line stays a line.
-    console = Console()
-    if not console.is_terminal:
-        console.width = _PIPE_WIDTH
-    console.print(table)
 
 
 def _device_table(found: list[DeviceInfo]) -> Table:

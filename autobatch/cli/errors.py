@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import traceback
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +23,7 @@ import click
 
 from autobatch.errors import (
     AutobatchError,
+    AutobatchWarning,
     DeviceError,
     DoesNotFitError,
     InvalidArgumentError,
@@ -69,7 +71,8 @@ def traceback_option(command: Any) -> Any:
 def exit_codes(ctx: click.Context) -> Iterator[None]:
     """Inside, errors end the command with their line and exit code; ``--traceback`` adds the rest."""
     try:
-        yield
+        with _plain_warnings():
+            yield
     except (click.exceptions.NoArgsIsHelpError, click.exceptions.Exit, Failure):
         raise
     except click.UsageError as exc:
@@ -86,6 +89,23 @@ def exit_codes(ctx: click.Context) -> Iterator[None]:
     except Exception as exc:
         whole = "".join(traceback.format_exception(exc))
         raise Failure("this is an error of autobatch itself; please report it", INTERNAL_ERROR, whole) from exc
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Inside, a warning of autobatch's own is one line on stderr, without the place in its code."""
+    before = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *rest: Any, **named: Any) -> None:
+        if issubclass(category, AutobatchWarning):
+            click.echo(f"Warning: {message}", err=True)
+        else:
+            before(message, category, *rest, **named)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", AutobatchWarning)
+        warnings.showwarning = show
+        yield
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from autobatch.cli.errors import traceback_option, workload_errors
+from autobatch.cli.sweep import Sweep, parse_sweep, plot_sweep, run_sweep, sweep_json, sweep_targets
 from autobatch.cli.targets import ModelOptions, Target, parse_target
 from autobatch.cli.targets.common import OPTIMIZERS
 from autobatch.cli.targets.hf import TASKS
@@ -18,6 +19,7 @@ from autobatch.errors import InvalidArgumentError
 from autobatch.units import parse_bytes
 
 if TYPE_CHECKING:
+    from autobatch.device.base import Device
     from autobatch.result import BatchSizeResult
 
 _MODEL_OPTIONS = tuple(ModelOptions.__dataclass_fields__)
@@ -51,6 +53,17 @@ def _writable(ctx: click.Context, param: click.Parameter, value: str | None) -> 
     except OSError as exc:
         raise click.BadParameter(f"{value} cannot be written: {exc.strerror}") from exc
     return path
+
+
+def _picture(ctx: click.Context, param: click.Parameter, value: str | None) -> Path | None:
+    if value is not None:
+        from autobatch.report.plot import check_plot
+
+        try:
+            check_plot(Path(value))
+        except InvalidArgumentError as exc:
+            raise click.BadParameter(f"{value!r} must be {exc.allowed}") from exc
+    return _writable(ctx, param, value)
 
 
 @click.command()
@@ -103,12 +116,39 @@ def _writable(ctx: click.Context, param: click.Parameter, value: str | None) -> 
     metavar="SECONDS",
     help="After that no larger size is tried.",
 )
+@click.option(
+    "--sweep",
+    callback=parse_sweep,
+    metavar="OPTION=N,N,...",
+    help="The largest batch at each value of seq_len or image_size, such as seq_len=512,1024,2048.",
+)
+@click.option(
+    "--cache/--no-cache",
+    default=True,
+    show_default=True,
+    help="Keep the answer, and confirm one that was kept by one trial instead of searching. Not with --plot.",
+)
+@click.option(
+    "--plot",
+    "plot_path",
+    callback=_picture,
+    metavar="FILE",
+    help="Draw peak memory against batch size, or the sweep, as png, svg or pdf.",
+)
 @click.option("--any-capability", is_flag=True, help="Also a virtual GPU for which this torch has no kernels.")
 @click.option("--json", "json_path", callback=_writable, metavar="FILE", help="Write the result to this file.")
 @traceback_option
 @click.pass_context
 def probe(
-    ctx: click.Context, /, target: str, device: str, any_capability: bool, json_path: Path | None, **options: Any
+    ctx: click.Context,
+    /,
+    target: str,
+    device: str,
+    any_capability: bool,
+    sweep: Sweep | None,
+    json_path: Path | None,
+    plot_path: Path | None,
+    **options: Any,
 ) -> None:
     """Find the largest batch size of TARGET by training it for a few steps at several sizes.
 
@@ -128,6 +168,7 @@ def probe(
       autobatch probe torchvision:resnet50 --precision fp16 --gpu memory=24GiB,capability=8.6
       autobatch probe train.py:build --device cuda:0 --json result.json
       autobatch probe train.py:build --device cpu --memory-limit 8GiB
+      autobatch probe hf:gpt2 --gpu a100-40gb --sweep seq_len=256,512,1024 --plot frontier.png
 
     \b
     Exit codes:
@@ -136,28 +177,53 @@ def probe(
       2  a wrong option or name         130  interrupted
     """
     model_options = ModelOptions(**{name: options.pop(name) for name in _MODEL_OPTIONS})
-    workload = parse_target(target, model_options)
-    result = _search(ctx, workload, device, any_capability, options)
+    targets = [parse_target(target, model_options)] if sweep is None else sweep_targets(target, model_options, sweep)
+    # A picture is drawn of the trials, and the cache has them no more.
+    options["cache"] = (options["cache"] and (plot_path is None or sweep is not None)) or None
+    # Ends like an interrupt does: the child processes go, and the files of a virtual GPU with them.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    place = _place(device, options["memory_limit"], any_capability, targets[0].title)
+    if sweep is not None:
+        points = run_sweep(
+            sweep, targets, lambda workload, guess: _search(ctx, workload, place, options | {"first_guess": guess})
+        )
+        text = sweep_json(sweep, points)
+        if plot_path is not None:
+            plot_sweep(sweep, points, targets[0].title, plot_path)
+    else:
+        result = _search(ctx, targets[0], place, options)
+        text = result.to_json()
+        if plot_path is not None:
+            from autobatch.report.plot import plot_result
+
+            plot_result(result, plot_path)
     if json_path is not None:
-        json_path.write_text(result.to_json() + "\n", encoding="utf-8")
+        json_path.write_text(text + "\n", encoding="utf-8")
 
 
-def _search(
-    ctx: click.Context, workload: Target, device: str, any_capability: bool, options: dict[str, Any]
-) -> BatchSizeResult:
+def _place(device: str, memory_limit: int | None, any_capability: bool, title: str) -> Device:
+    """The device, shown before anything is run on it."""
     from rich.console import Console
 
     from autobatch.cli.devices import identify
-    from autobatch.report.live import closing_lines, device_line, display_for, other_lines, say
+    from autobatch.report.live import device_line, other_lines, say
     from autobatch.virtual.resolve import resolve_device
 
-    # Ends like an interrupt does: the child processes go, and the files of a virtual GPU with them.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    place = resolve_device(device, memory_limit_bytes=options["memory_limit"], any_capability=any_capability)
-    console, info = Console(), identify(place)
-    for line in (device_line(info, place.torch_device), *other_lines(info), f"Target: {workload.title}"):
-        say(console, line)
-    with display_for(console, info) as display:
+    place = resolve_device(device, memory_limit_bytes=memory_limit, any_capability=any_capability)
+    info = identify(place)
+    for line in (device_line(info, place.torch_device), *other_lines(info), f"Target: {title}"):
+        say(Console(), line)
+    return place
+
+
+def _search(ctx: click.Context, workload: Target, place: Device, options: dict[str, Any]) -> BatchSizeResult:
+    from rich.console import Console
+
+    from autobatch.cli.devices import identify
+    from autobatch.report.live import closing_lines, display_for, say
+
+    console = Console()
+    with display_for(console, identify(place)) as display:
         from autobatch.probe.finder import find  # imports torch, so the device is shown first
 
         with workload_errors(ctx):

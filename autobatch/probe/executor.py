@@ -11,6 +11,7 @@ import torch
 
 from autobatch import __version__
 from autobatch.device.base import Device
+from autobatch.probe.signature import Signature, signature_of
 from autobatch.probe.trial import Attempt, TrialRequest, clean_up, run_trial
 from autobatch.probe.workload import Workload
 
@@ -33,6 +34,9 @@ class Executor(Protocol):
 
     def setting(self) -> Setting:
         """The place as it is now. Raises what building the workload raises."""
+
+    def signature(self, batch_size: int) -> Signature:
+        """What tells the workload from others, with ``batch_size`` samples made for it."""
 
     def run(self, request: TrialRequest) -> Attempt:
         """Tries one size, in a process that may have tried others before."""
@@ -60,6 +64,9 @@ class LocalExecutor:
             name=self._workload.name,
             environment=describe(self._device),
         )
+
+    def signature(self, batch_size: int) -> Signature:
+        return signature_of(self._workload, batch_size)
 
     def run(self, request: TrialRequest) -> Attempt:
         return run_trial(self._workload, self._device, request)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -11,12 +12,16 @@ from typing import Any, Literal
 
 from autobatch.device.base import Device
 from autobatch.errors import DoesNotFitError, InvalidArgumentError
+from autobatch.probe.advice import fragmentation_notes
+from autobatch.probe.cache import open_cache
 from autobatch.probe.executor import Executor, LocalExecutor, Setting
 from autobatch.probe.isolation import ChildExecutor, is_importable
+from autobatch.probe.lock import device_lock
+from autobatch.probe.recall import Recall
 from autobatch.probe.search import SearchAnswer, check_arguments, search
 from autobatch.probe.source import Source, builder_of, check_placed, source_of
 from autobatch.probe.state import preserved
-from autobatch.probe.trial import TrialRequest, clean_up
+from autobatch.probe.trial import Attempt, TrialRequest, clean_up
 from autobatch.probe.worker import build, check_not_importing_main
 from autobatch.probe.workload import Workload
 from autobatch.result import BatchSizeResult, Trial
@@ -27,9 +32,6 @@ CONFIRM_STEPS = 20
 """Steps of a confirming run: enough to meet failures that come late, in the second step or in a later one."""
 
 NOT_RESTORED = "What the step function changes was not put back: name it in state=[model, optimizer]."
-
-FRAGMENTED = 1.05
-"""Reserved over allocated bytes above which expandable segments are worth a word."""
 
 
 def find(
@@ -47,6 +49,8 @@ def find(
     avoid_oom: bool = False,
     isolate: bool | Literal["auto"] = "auto",
     time_limit_s: float | None = None,
+    first_guess: int | None = None,
+    cache: bool | str | os.PathLike[str] | None = None,
     on_trial: Callable[[Trial], None] | None = None,
 ) -> BatchSizeResult:
     """The largest batch size of ``workload`` that trains on ``device``, found by running it.
@@ -74,6 +78,9 @@ def find(
         isolate: True for trials in a child process, False for this one; ``"auto"`` takes a child where the workload
             can reach one.
         time_limit_s: seconds after which no larger size is tried.
+        first_guess: a size near which the answer is expected: the search begins there.
+        cache: None for no cache; True, or a folder, to keep the answer there and to look there first. An answer that
+            is found there is confirmed by one trial.
         on_trial: called with each :class:`~autobatch.result.Trial` as it ends, those of the confirmation too.
 
     Raises:
@@ -86,12 +93,12 @@ def find(
     started_s = time.monotonic()
     rounding = {"multiple_of": multiple_of, "growth": growth, "max_batch_size": max_batch_size, "start": start}
     limits = {"avoid_oom": avoid_oom, "time_limit_s": time_limit_s}
-    check_arguments(**rounding, **limits)  # type: ignore[arg-type]  # it says which are wrong
+    check_arguments(**rounding, **limits, first_guess=first_guess)  # type: ignore[arg-type]  # it says which are wrong
     _check(headroom=headroom, steps=steps, isolate=isolate, on_trial=on_trial)
     limit_bytes = None if memory_limit is None else parse_bytes(memory_limit, argument="memory_limit")
-    source = source_of(workload, state)
+    answers, source = open_cache(cache), source_of(workload, state)
     place = resolve_device(device, memory_limit_bytes=limit_bytes)
-    with _executor(source, place, isolate) as executor:
+    with device_lock(place), _executor(source, place, isolate) as executor:
         setting = executor.setting()
         probe = _Probe(
             executor=executor,
@@ -101,11 +108,20 @@ def find(
             is_restricted=headroom > 0 or limit_bytes is not None or not place.ends_by_itself,
             on_trial=on_trial,
         )
-        answers = probe.search(rounding | limits)
-    result = probe.result(answers, headroom, limit_bytes, time.monotonic() - started_s)
+        options: dict[str, Any] = {"multiple_of": multiple_of, "max_batch_size": max_batch_size, "steps": steps}
+        options |= {"headroom": headroom, "limit_bytes": limit_bytes, "avoid_oom": avoid_oom}
+        options["isolated"] = not isinstance(executor, LocalExecutor)
+        budget_bytes = _least(setting.budget_bytes, limit_bytes)
+        recall = Recall(answers, executor, setting, budget_bytes, start=start, options=options)
+        if (known := recall.answer(probe.check)) is not None:
+            return replace(known, duration_s=time.monotonic() - started_s)
+        guess = recall.first_guess or first_guess
+        found = probe.search(rounding | limits, first_guess=guess)
+    result = probe.result(found, headroom, limit_bytes, time.monotonic() - started_s)
     if isinstance(executor, LocalExecutor) and isinstance(source, Workload) and not source.stateful:
         result = replace(result, notes=(*result.notes, NOT_RESTORED))
-    return result
+    recall.keep(result)
+    return replace(result, notes=(*result.notes, *recall.notes))
 
 
 @dataclass(kw_only=True)
@@ -121,22 +137,23 @@ class _Probe:
     trials: list[Trial] = field(default_factory=list)
     confirmation: list[Trial] = field(default_factory=list)
     suspects: dict[int, BaseException] = field(default_factory=dict)
+    checked: dict[tuple[int, str], Attempt] = field(default_factory=dict)
+    """By size and mode: trials of a remembered answer, which the search need not repeat."""
     trained: int | None = None
     """The batch that training takes, where evaluation comes amid it."""
 
-    def search(self, options: dict[str, Any]) -> dict[str, SearchAnswer]:
+    def search(self, options: dict[str, Any], *, first_guess: int | None) -> dict[str, SearchAnswer]:
         """An answer for each mode of the workload. Evaluation comes second, for training is what it runs amid."""
         answers: dict[str, SearchAnswer] = {}
         for mode in ("train", "eval") if self.setting.mode == "both" else (self.setting.mode,):
             self.suspects.clear()
-            guess = answers["train"].batch_size if answers else None
-            self.trained = guess
+            self.trained = answers["train"].batch_size if answers else None
             try:
                 answers[mode] = search(
                     lambda size, mode=mode: self._ask(size, mode),  # type: ignore[misc]
                     lambda size, mode=mode: self._confirm(size, mode),  # type: ignore[misc]
                     capacity_bytes=self.capacity_bytes,
-                    first_guess=guess,
+                    first_guess=self.trained or first_guess,
                     **options,
                 )
             except DoesNotFitError as error:
@@ -160,22 +177,36 @@ class _Probe:
             notes=tuple(note for found in answers.values() for note in found.notes),
             duration_s=duration_s,
         )
-        return replace(result, notes=(*result.notes, *_fragmentation(result)))
+        return replace(result, notes=(*result.notes, *fragmentation_notes(result)))
 
     def _ask(self, size: int, mode: str) -> Trial:
         # One sample is enough for an evaluation to meet the optimizer's state.
         before = () if self.trained is None else (self._smallest("train"),)
-        attempt = self.executor.run(self._request(size, mode, self.steps, before))
+        checked = self.checked.pop((size, mode), None)
+        attempt = checked or self.executor.run(self._request(size, mode, self.steps, before))
         if attempt.suspect is not None:
             self.suspects[size] = attempt.suspect
-        self.trials.append(self._told(attempt.trial))
+        if checked is None:
+            self.trials.append(self._told(attempt.trial))
         return attempt.trial
 
-    def _confirm(self, size: int, mode: str) -> Trial:
+    def check(self, size: int, mode: str) -> Trial:
+        """One trial of a remembered answer, as a fresh start."""
+        (attempt,) = self.executor.confirm((self._fresh(size, mode),))
+        self.checked[size, mode] = attempt
+        self.trials.append(self._told(attempt.trial))
+        self.trained = size if (self.setting.mode, mode) == ("both", "train") else None
+        return attempt.trial
+
+    def _fresh(self, size: int, mode: str) -> TrialRequest:
         before = () if self.trained is None else (self.trained,)
-        fresh = replace(self._request(size, mode, CONFIRM_STEPS, before), history="a fresh start")
+        return replace(self._request(size, mode, CONFIRM_STEPS, before), history="a fresh start")
+
+    def _confirm(self, size: int, mode: str) -> Trial:
+        fresh = self._fresh(size, mode)
         smallest = self._smallest(mode if self.trained is None else "train")
-        after_small = replace(fresh, history="smaller batches", sizes_before=(*before, smallest, smallest))
+        before = (*fresh.sizes_before, smallest, smallest)
+        after_small = replace(fresh, history="smaller batches", sizes_before=before)
         attempts = self.executor.confirm((fresh, after_small))
         self.confirmation += [self._told(attempt.trial) for attempt in attempts]
         return attempts[-1].trial
@@ -261,15 +292,3 @@ def _capacity(setting: Setting, limit_bytes: int | None, headroom: float) -> int
 def _least(*sizes: int | None) -> int | None:
     known = [size for size in sizes if size is not None]
     return min(known) if known else None
-
-
-def _fragmentation(result: BatchSizeResult) -> tuple[str, ...]:
-    """Says so if much of what the allocator holds at the answer is in no tensor: expandable segments help there."""
-    for measured in result.answer_measurements()[:1] if result.smallest_failure is not None else []:
-        allocated, reserved = measured.peak_allocated_bytes, measured.peak_reserved_bytes
-        if allocated and reserved and reserved > FRAGMENTED * allocated:
-            return (
-                f"At the answer {format_bytes(reserved)} are reserved for {format_bytes(allocated)} of tensors: "
-                "PYTORCH_ALLOC_CONF=expandable_segments:True may let more fit.",
-            )
-    return ()

@@ -20,7 +20,9 @@ from autobatch.device.base import Isolation
 from autobatch.device.oom import Tier
 from autobatch.errors import DeviceError, InvalidArgumentError, WorkloadFailedError
 from autobatch.probe.executor import Setting
+from autobatch.probe.lock import child_environment
 from autobatch.probe.processes import ANSWER_WITHIN_S, Server, Worker, WorkerLostError
+from autobatch.probe.signature import Signature
 from autobatch.probe.trial import Attempt, TrialRequest
 from autobatch.probe.worker import Job
 from autobatch.result import Outcome, Trial
@@ -50,13 +52,20 @@ class ChildExecutor:
             device=isolation.device,
             memory_limit_bytes=isolation.memory_limit_bytes,
         )
-        self._environment = {**os.environ, **isolation.environment}
+        self._environment = {**os.environ, **child_environment(), **isolation.environment}
         self._answer_within_s = answer_within_s
         self._server: Server | None = None
         self._worker: Worker | None = None
 
     def setting(self) -> Setting:
         return self._living_worker().setting
+
+    def signature(self, batch_size: int) -> Signature:
+        try:
+            return self._living_worker().signature(batch_size)
+        except WorkerLostError as lost:  # the trial of this size will meet it again
+            self._worker = None
+            return Signature(text=None, reason=str(lost))
 
     def run(self, request: TrialRequest) -> Attempt:
         attempt = self._run(request)
@@ -66,7 +75,7 @@ class ChildExecutor:
 
     def confirm(self, requests: tuple[TrialRequest, ...]) -> list[Attempt]:
         attempts: list[Attempt] = []
-        if self._worker is not None and requests:
+        if self._worker is not None and self._worker.has_tried and requests:
             # The process that searched is a history of its own, while it is there.
             attempts.append(self.run(_after_search(requests[0])))
         for request in requests:

@@ -20,8 +20,9 @@ import autobatch
 from autobatch.device.oom import Tier, classify_exit
 from autobatch.errors import WorkloadFailedError
 from autobatch.probe.executor import Setting
+from autobatch.probe.signature import Signature
 from autobatch.probe.trial import TrialRequest
-from autobatch.probe.worker import PID, Failure, Job
+from autobatch.probe.worker import PID, Failure, Job, SignatureRequest
 from autobatch.result import Trial
 
 ANSWER_WITHIN_S = 600.0
@@ -115,6 +116,7 @@ class Worker:
         self._server, self._answer_within_s = server, answer_within_s
         self._kills_before = _out_of_memory_kills()
         self._status: int | None = None
+        self.has_tried = False
         self._pid, self._connection = server.fork()
         try:
             self.setting: Setting = _answer(self._connection, answer_within_s, "building the workload")
@@ -124,10 +126,19 @@ class Worker:
             self.close()
             raise
 
+    def signature(self, batch_size: int) -> Signature:
+        signature: Signature = self._exchange(SignatureRequest(batch_size), "looking at the workload")
+        return signature
+
     def ask(self, request: TrialRequest) -> tuple[Trial, BaseException | None]:
+        self.has_tried = True
+        trial, suspect = self._exchange(request, f"batch {request.batch_size}")
+        return trial, suspect.exception if suspect is not None else None
+
+    def _exchange(self, request: TrialRequest | SignatureRequest, doing: str) -> Any:
         try:
             self._connection.send(request)
-            trial, suspect = _answer(self._connection, self._answer_within_s, f"batch {request.batch_size}")
+            return _answer(self._connection, self._answer_within_s, doing)
         except (EOFError, ConnectionError):
             status = self._reap()
             raise WorkerLostError(f"the child process {_end(status)}", self._meaning(status)) from None
@@ -137,7 +148,6 @@ class Worker:
         except BaseException:
             self.close()
             raise
-        return trial, suspect.exception if suspect is not None else None
 
     def close(self) -> None:
         """Ends the process without waiting for what it does."""

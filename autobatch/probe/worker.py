@@ -61,6 +61,13 @@ class Job:
     memory_limit_bytes: int | None
 
 
+@dataclass(frozen=True, slots=True)
+class SignatureRequest:
+    """Asks what the workload is, with so many samples made for it."""
+
+    batch_size: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
     """An exception on its way to the prober, beside the traceback that cannot travel with it."""
@@ -88,8 +95,10 @@ def serve(descriptor: int) -> None:
         message, descriptors, _, _ = socket.recv_fds(channel, 1, 1)
         if not message:
             return  # the prober is done
+        server = os.getpid() if fork_is_safe else None
         pid = os.fork() if fork_is_safe else 0
         if pid == 0:
+            _end_with_parent(server)
             _be_worker(Connection(descriptors[0]), channel, builder, job)
         os.close(descriptors[0])
         channel.sendall(PID.pack(pid))
@@ -141,8 +150,10 @@ def _fork_is_safe() -> bool:
     torch = sys.modules["torch"]
     if torch.cuda.is_initialized():
         return False
+    server = os.getpid()
     pid = os.fork()
     if pid == 0:
+        _end_with_parent(server)  # it may hang, and then only its parent's end is left to end it
         torch.ones(1 << 18).add_(1)  # large enough for torch to share it out among its threads
         os._exit(0)
     deadline_s = time.monotonic() + 2
@@ -159,7 +170,6 @@ def _be_worker(talk: Connection, channel: socket.socket, builder: Callable[..., 
     """Never returns: a fork must not run what its parent had left to do."""
     status = 1
     try:
-        _end_with_parent()
         channel.close()
         status = _work(talk, builder, job)
     except (EOFError, ConnectionError):
@@ -181,7 +191,11 @@ def _work(talk: Connection, builder: Callable[..., Any], job: Job) -> int:
     executor = LocalExecutor(build(builder, device.torch_device), device)
     talk.send(executor.setting())
     while True:
-        attempt = executor.run(talk.recv())
+        request = talk.recv()
+        if isinstance(request, SignatureRequest):
+            talk.send(executor.signature(request.batch_size))
+            continue
+        attempt = executor.run(request)
         talk.send((attempt.trial, portable(attempt.suspect) if attempt.suspect is not None else None))
 
 
@@ -229,7 +243,12 @@ def _needs(builder: Callable[..., Any]) -> str:
     return f"its parameters and buffers take {size} bytes ({format_bytes(size)})"
 
 
-def _end_with_parent() -> None:
-    """Asks the kernel to kill this process when its parent dies. Elsewhere than Linux a closed pipe ends it."""
+def _end_with_parent(parent_pid: int | None = None) -> None:
+    """Asks the kernel to kill this process when its parent dies. Elsewhere than Linux a closed pipe ends it.
+
+    With ``parent_pid`` also one that has died already counts.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if parent_pid is not None and os.getppid() != parent_pid:
+        os._exit(1)

@@ -1,0 +1,50 @@
+"""A first guess for a real GPU, from a virtual one of the same size.
+
+The virtual GPU is in a child process, which never touches the real one: there the driver's library is ours. Its answer
+is where the search on the real GPU begins; a wrong one costs trials, never correctness.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from typing import Any
+
+from autobatch.device.base import DeviceInfo
+from autobatch.errors import AutobatchError
+from autobatch.probe.executor import Executor
+from autobatch.probe.isolation import ChildExecutor
+from autobatch.virtual.device import VirtualGPU
+from autobatch.virtual.host import check_host
+
+WITHIN_S = 60.0
+"""A guess that takes longer saves nothing: most real searches are over by then."""
+
+
+def twin_of(info: DeviceInfo, budget_bytes: int | None) -> str | None:
+    """A virtual card with ``budget_bytes`` for the workload and the capability of ``info``, a real NVIDIA GPU.
+
+    None where there cannot be one: for another device, or on a machine without virtual GPUs.
+    """
+    if info.kind != "cuda" or info.virtual or not info.capability or not budget_bytes:
+        return None
+    try:
+        check_host()
+    except AutobatchError:
+        return None
+    multiprocessors = info.details.get("multiprocessors")
+    sms = f",sms={multiprocessors}" if multiprocessors else ""
+    return f"memory={budget_bytes},capability={info.capability},outside=0{sms}"
+
+
+def virtual_guess(builder: Callable[..., Any], card: str, search: Callable[[Executor], int]) -> tuple[int | None, str]:
+    """What ``search`` answers on the virtual ``card``, and a sentence about it. None if it comes to no answer.
+
+    Whatever goes wrong there is no error of the caller's: the real GPU has the last word.
+    """
+    try:
+        with closing(ChildExecutor(builder, VirtualGPU(card).isolation())) as executor:
+            guess = search(executor)
+    except Exception as exc:  # noqa: BLE001 - a workload may fail in any way where all values are zero
+        return None, f"A virtual GPU could not be asked for a first guess ({type(exc).__name__})."
+    return guess, f"The search began at {guess}, the answer of a virtual GPU of the same size."
