@@ -11,9 +11,10 @@ from typing import Any, Literal
 
 from autobatch.device.base import Device
 from autobatch.errors import DoesNotFitError, InvalidArgumentError
+from autobatch.probe.data import search_within
 from autobatch.probe.executor import Executor, LocalExecutor, Setting
 from autobatch.probe.isolation import ChildExecutor, is_importable
-from autobatch.probe.search import SearchAnswer, check_arguments, search
+from autobatch.probe.search import SearchAnswer, check_arguments
 from autobatch.probe.source import Source, builder_of, check_placed, source_of
 from autobatch.probe.state import preserved
 from autobatch.probe.trial import TrialRequest, clean_up
@@ -25,6 +26,9 @@ from autobatch.virtual.resolve import resolve_device
 
 CONFIRM_STEPS = 20
 """Steps of a confirming run: enough to meet failures that come late, in the second step or in a later one."""
+
+SHUFFLES = 3
+"""Shuffled orders that an answer must survive where samples are of different lengths."""
 
 NOT_RESTORED = "What the step function changes was not put back: name it in state=[model, optimizer]."
 
@@ -133,7 +137,8 @@ class _Probe:
             guess = answers["train"].batch_size if answers else None
             self.trained = guess
             try:
-                answers[mode] = search(
+                answers[mode] = search_within(
+                    self.setting.data.get(mode),
                     lambda size, mode=mode: self._ask(size, mode),  # type: ignore[misc]
                     lambda size, mode=mode: self._confirm(size, mode),  # type: ignore[misc]
                     capacity_bytes=self.capacity_bytes if comparable else None,
@@ -158,7 +163,7 @@ class _Probe:
             headroom=headroom,
             budget_bytes=_least(self.setting.budget_bytes, limit_bytes),
             environment={**self.setting.environment, "workload": self.setting.name},
-            notes=tuple(note for found in answers.values() for note in found.notes),
+            notes=tuple(note for mode, found in answers.items() for note in _of_mode(mode, found.notes)),
             duration_s=duration_s,
         )
         return replace(result, notes=(*result.notes, *_fragmentation(result)))
@@ -177,7 +182,10 @@ class _Probe:
         fresh = replace(self._request(size, mode, CONFIRM_STEPS, before), history="a fresh start")
         smallest = self._smallest(mode if self.trained is None else "train")
         after_small = replace(fresh, history="smaller batches", sizes_before=(*before, smallest, smallest))
-        attempts = self.executor.confirm((fresh, after_small))
+        extent = self.setting.data.get(mode)
+        seeds = range(SHUFFLES if extent is not None and extent.varies else 0)
+        shuffled = (replace(fresh, history="a shuffled epoch", shuffle_seed=seed) for seed in seeds)
+        attempts = self.executor.confirm((fresh, after_small, *shuffled))
         self.confirmation += [self._told(attempt.trial) for attempt in attempts]
         return attempts[-1].trial
 
@@ -200,8 +208,9 @@ class _Probe:
         if size in self.suspects:
             return self.suspects[size]
         device = self.setting.environment.get("device", "the device")
+        what = f"{'an evaluation of ' if error.trial is not None and error.trial.mode == 'eval' else ''}batch {size}"
         message = (
-            f"batch {size} does not fit on {device} in {format_bytes(self.capacity_bytes)}, of which the model alone "
+            f"{what} does not fit on {device} in {format_bytes(self.capacity_bytes)}, of which the model alone "
             f"holds {format_bytes(self.setting.held_bytes)}"
         )
         if error.trial is not None and error.trial.message:
@@ -257,6 +266,11 @@ def _capacity(setting: Setting, limit_bytes: int | None, headroom: float) -> int
             f"({format_bytes(capacity_bytes)}) are allowed"
         )
     return capacity_bytes
+
+
+def _of_mode(mode: str, notes: tuple[str, ...]) -> list[str]:
+    """``notes``, said to be about evaluation where they are: training is not to blame for them."""
+    return [f"Evaluation: {note[0].lower()}{note[1:]}" if mode == "eval" else note for note in notes]
 
 
 def _least(*sizes: int | None) -> int | None:
