@@ -27,8 +27,9 @@ from autobatch.virtual.resolve import resolve_device
 CONFIRM_STEPS = 20
 """Steps of a confirming run: enough to meet failures that come late, in the second step or in a later one."""
 
-SHUFFLES = 3
-"""Shuffled orders that an answer must survive where samples are of different lengths."""
+SHUFFLES, SHUFFLES_AT_THE_EDGE = 8, 20
+"""Shuffled orders that an answer must survive where samples are of different lengths. Without headroom no margin covers
+an order that was not tried."""
 
 NOT_RESTORED = "What the step function changes was not put back: name it in state=[model, optimizer]."
 
@@ -101,6 +102,7 @@ def find(
             executor=executor,
             setting=setting,
             steps=steps,
+            shuffles=SHUFFLES if headroom else SHUFFLES_AT_THE_EDGE,
             capacity_bytes=_capacity(setting, limit_bytes, headroom),
             # The host has no edge of its own before the machine swaps: there the budget itself is the limit.
             is_restricted=headroom > 0 or limit_bytes is not None or not place.comparable_peaks,
@@ -120,6 +122,7 @@ class _Probe:
     executor: Executor
     setting: Setting
     steps: int
+    shuffles: int
     capacity_bytes: int | None
     is_restricted: bool
     on_trial: Callable[[Trial], None] | None
@@ -183,8 +186,8 @@ class _Probe:
         smallest = self._smallest(mode if self.trained is None else "train")
         after_small = replace(fresh, history="smaller batches", sizes_before=(*before, smallest, smallest))
         extent = self.setting.data.get(mode)
-        seeds = range(SHUFFLES if extent is not None and extent.varies else 0)
-        shuffled = (replace(fresh, history="a shuffled epoch", shuffle_seed=seed) for seed in seeds)
+        seeds = range(self.shuffles if extent is not None and extent.varies else 0)
+        shuffled = [replace(fresh, history=f"shuffled epoch {seed + 1}", shuffle_seed=seed) for seed in seeds]
         attempts = self.executor.confirm((fresh, after_small, *shuffled))
         self.confirmation += [self._told(attempt.trial) for attempt in attempts]
         return attempts[-1].trial

@@ -29,7 +29,8 @@ class TrialRequest:
     """Batches to run first, under the same limit: the history that the size must survive. They are trained, unless
     the workload is one of evaluation alone."""
     shuffle_seed: int | None = None
-    """If given, ``steps`` shuffled batches of the data set run before each of two worst ones."""
+    """If given, the steps take shuffled batches of the data set, and one more step takes the worst. What the optimizer
+    allocates amid small batches stays between what the large ones need."""
     history: str = ""
     """A name for that history; empty for a trial of the search."""
 
