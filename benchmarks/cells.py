@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +17,15 @@ LLAMA_1B = {  # the shape of TinyLlama-1.1B
     "num_key_value_heads": 4,
     "vocab_size": 32000,
 }
+
+
+def _texts(count: int, seed: int = 0) -> list[list[int]]:
+    """Texts in tokens, their lengths lognormal: the median is 60, one in a thousand is cut at 512."""
+    chance = random.Random(seed)
+    return [[1] * min(512, max(3, round(chance.lognormvariate(math.log(60), 0.7)))) for _ in range(count)]
+
+
+TEXTS = _texts(20_000)
 
 
 def resnet50(device: str) -> Any:
@@ -66,6 +77,27 @@ def bert(device: str) -> Any:
     return _language_model(device, transformers.BertConfig(), "AutoModelForMaskedLM", 512, "bf16")
 
 
+def bert_varlen(device: str) -> Any:
+    """:func:`bert` on texts of 3 to 512 tokens, most of them short, padded to the longest of a batch."""
+    import torch
+    import transformers
+
+    from autobatch import Workload
+
+    with torch.device(device):
+        model = transformers.AutoModelForMaskedLM.from_config(transformers.BertConfig())
+    optimizer = torch.optim.AdamW(model.parameters())
+    return Workload(model, optimizer, sample=TEXTS, collate_fn=_padded, length=len, precision="bf16")
+
+
+def _padded(texts: list[list[int]]) -> dict[str, Any]:
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    ids = pad_sequence([torch.tensor(text) for text in texts], batch_first=True)
+    return {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": ids.masked_fill(ids == 0, -100)}
+
+
 def llama(device: str) -> Any:
     """1.1 B parameters at 2048 tokens, bf16 autocast, checkpointed, AdamW."""
     import transformers
@@ -113,3 +145,6 @@ CELLS = (
     *(Cell(build=build, gb=gb) for build in (resnet50, gpt2) for gb in GB_SIZES),
     *(Cell(build=build, gb=gb) for build in (vit_b_16, bert, llama) for gb in (24, 80)),
 )
+
+VARIABLE_CELLS = tuple(Cell(build=bert_varlen, gb=gb) for gb in (24, 80))
+"""Cells whose samples are of different lengths, where the order of the batches decides too."""

@@ -11,6 +11,7 @@ import torch
 
 from autobatch import __version__
 from autobatch.device.base import Device
+from autobatch.probe.data import Extent
 from autobatch.probe.signature import Signature, signature_of
 from autobatch.probe.trial import Attempt, TrialRequest, clean_up, run_trial
 from autobatch.probe.workload import Workload
@@ -26,6 +27,8 @@ class Setting:
     """What the model holds of it before anything is run."""
     mode: str
     name: str
+    data: Mapping[str, Extent] = field(default_factory=dict)
+    """What there is to draw from, by mode; a mode whose batches come from a function is left out."""
     environment: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -62,6 +65,7 @@ class LocalExecutor:
             held_bytes=self._device.held_bytes(),
             mode=self._workload.mode,
             name=self._workload.name,
+            data=self._workload.data(),
             environment=describe(self._device),
         )
 

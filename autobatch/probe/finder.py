@@ -14,11 +14,12 @@ from autobatch.device.base import Device
 from autobatch.errors import DoesNotFitError, InvalidArgumentError
 from autobatch.probe.advice import fragmentation_notes
 from autobatch.probe.cache import open_cache
+from autobatch.probe.data import search_within
 from autobatch.probe.executor import Executor, LocalExecutor, Setting
 from autobatch.probe.isolation import ChildExecutor, is_importable
 from autobatch.probe.lock import device_lock
 from autobatch.probe.recall import Recall
-from autobatch.probe.search import SearchAnswer, check_arguments, search
+from autobatch.probe.search import SearchAnswer, check_arguments
 from autobatch.probe.source import Source, builder_of, check_placed, source_of
 from autobatch.probe.state import preserved
 from autobatch.probe.trial import Attempt, TrialRequest, clean_up
@@ -30,6 +31,10 @@ from autobatch.virtual.resolve import resolve_device
 
 CONFIRM_STEPS = 20
 """Steps of a confirming run: enough to meet failures that come late, in the second step or in a later one."""
+
+SHUFFLES, SHUFFLES_AT_THE_EDGE = 8, 20
+"""Shuffled orders that an answer must survive where samples are of different lengths. Without headroom no margin covers
+an order that was not tried."""
 
 NOT_RESTORED = "What the step function changes was not put back: name it in state=[model, optimizer]."
 
@@ -104,6 +109,7 @@ def find(
             executor=executor,
             setting=setting,
             steps=steps,
+            shuffles=SHUFFLES if headroom else SHUFFLES_AT_THE_EDGE,
             capacity_bytes=_capacity(setting, limit_bytes, headroom),
             is_restricted=headroom > 0 or limit_bytes is not None or not place.ends_by_itself,
             on_trial=on_trial,
@@ -131,6 +137,7 @@ class _Probe:
     executor: Executor
     setting: Setting
     steps: int
+    shuffles: int
     capacity_bytes: int | None
     is_restricted: bool
     on_trial: Callable[[Trial], None] | None
@@ -149,7 +156,8 @@ class _Probe:
             self.suspects.clear()
             self.trained = answers["train"].batch_size if answers else None
             try:
-                answers[mode] = search(
+                answers[mode] = search_within(
+                    self.setting.data.get(mode),
                     lambda size, mode=mode: self._ask(size, mode),  # type: ignore[misc]
                     lambda size, mode=mode: self._confirm(size, mode),  # type: ignore[misc]
                     capacity_bytes=self.capacity_bytes,
@@ -174,7 +182,7 @@ class _Probe:
             headroom=headroom,
             budget_bytes=_least(self.setting.budget_bytes, limit_bytes),
             environment={**self.setting.environment, "workload": self.setting.name},
-            notes=tuple(note for found in answers.values() for note in found.notes),
+            notes=tuple(note for mode, found in answers.items() for note in _of_mode(mode, found.notes)),
             duration_s=duration_s,
         )
         return replace(result, notes=(*result.notes, *fragmentation_notes(result)))
@@ -207,7 +215,10 @@ class _Probe:
         smallest = self._smallest(mode if self.trained is None else "train")
         before = (*fresh.sizes_before, smallest, smallest)
         after_small = replace(fresh, history="smaller batches", sizes_before=before)
-        attempts = self.executor.confirm((fresh, after_small))
+        extent = self.setting.data.get(mode)
+        seeds = range(self.shuffles if extent is not None and extent.varies else 0)
+        shuffled = [replace(fresh, history=f"shuffled epoch {seed + 1}", shuffle_seed=seed) for seed in seeds]
+        attempts = self.executor.confirm((fresh, after_small, *shuffled))
         self.confirmation += [self._told(attempt.trial) for attempt in attempts]
         return attempts[-1].trial
 
@@ -230,8 +241,9 @@ class _Probe:
         if size in self.suspects:
             return self.suspects[size]
         device = self.setting.environment.get("device", "the device")
+        what = f"{'an evaluation of ' if error.trial is not None and error.trial.mode == 'eval' else ''}batch {size}"
         message = (
-            f"batch {size} does not fit on {device} in {format_bytes(self.capacity_bytes)}, of which the model alone "
+            f"{what} does not fit on {device} in {format_bytes(self.capacity_bytes)}, of which the model alone "
             f"holds {format_bytes(self.setting.held_bytes)}"
         )
         if error.trial is not None and error.trial.message:
@@ -287,6 +299,11 @@ def _capacity(setting: Setting, limit_bytes: int | None, headroom: float) -> int
             f"({format_bytes(capacity_bytes)}) are allowed"
         )
     return capacity_bytes
+
+
+def _of_mode(mode: str, notes: tuple[str, ...]) -> list[str]:
+    """``notes``, said to be about evaluation where they are: training is not to blame for them."""
+    return [f"Evaluation: {note[0].lower()}{note[1:]}" if mode == "eval" else note for note in notes]
 
 
 def _least(*sizes: int | None) -> int | None:

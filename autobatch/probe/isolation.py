@@ -81,7 +81,10 @@ class ChildExecutor:
         for request in requests:
             if attempts and not attempts[-1].trial.fits:
                 break
-            self._retire()
+            if not request.shuffle_seed:
+                # One shuffled epoch may follow another: each begins with empty caches and a new optimizer, and fails
+                # where it fails in a process of its own, at a third of the time.
+                self._retire()
             attempts.append(self.run(request))
         return attempts
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from autobatch.device.base import Device
 from autobatch.device.oom import Tier, classify, first_line
 from autobatch.errors import DeviceCorruptedError
+from autobatch.probe.data import Batches
 from autobatch.probe.workload import Workload
 from autobatch.result import Measurement, Outcome, Trial
 
@@ -27,6 +28,9 @@ class TrialRequest:
     sizes_before: tuple[int, ...] = ()
     """Batches to run first, under the same limit: the history that the size must survive. They are trained, unless
     the workload is one of evaluation alone."""
+    shuffle_seed: int | None = None
+    """If given, the steps take shuffled batches of the data set, and one more step takes the worst. What the optimizer
+    allocates amid small batches stays between what the large ones need."""
     history: str = ""
     """A name for that history; empty for a trial of the search."""
 
@@ -103,12 +107,20 @@ def _run_steps(workload: Workload, device: Device, request: TrialRequest, progre
         before(size)
     if request.sizes_before:
         device.reset_peaks()
-    for _ in range(request.steps):
+    for sample in _samples(workload, request):
         started_s = time.perf_counter()
-        step(request.batch_size)
+        step(request.batch_size, sample)
         device.synchronize()
         progress.step_times_s.append(time.perf_counter() - started_s)
         progress.retries.append(device.retries())
+
+
+def _samples(workload: Workload, request: TrialRequest) -> list[Batches | None]:
+    """Where each step takes its batch from; None is the worst case."""
+    if request.shuffle_seed is None:
+        return [None] * request.steps
+    shuffled = workload.shuffled(request.shuffle_seed)
+    return [*[shuffled] * request.steps, None]
 
 
 def _judge(

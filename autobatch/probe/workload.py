@@ -6,15 +6,18 @@ memory and nothing of searching.
 
 from __future__ import annotations
 
+import collections
 import contextlib
-import dataclasses
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from autobatch.errors import InvalidArgumentError
+from autobatch.probe.batch import loss_of, move, tensors
+from autobatch.probe.data import Batches, DatasetBatches, Extent, batches_of
+from autobatch.probe.ema import update_of
 
 MODES = ("train", "eval", "both")
 _AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -29,10 +32,17 @@ class Workload:
         optimizer: stepped once a training step; without one, only forward and backward run.
         loss_fn: ``loss_fn(output, target)`` for batches that are a pair, else ``loss_fn(output, batch)``. Without it
             the model returns the loss itself: the output, its ``loss`` attribute or item, or the first of a tuple.
-        sample: ``sample(n)`` makes a batch of n samples, each as large as the largest of the run. It may live on the
-            host: it is moved to the model's device in every step, as in training. A mapping is given to the model as
-            keywords; with ``loss_fn`` a pair is ``(input, target)``; without, a tuple is given as positional
-            arguments; anything else is the model's one argument.
+        sample: where batches come from. ``sample(n)`` makes a batch of n samples, each as large as the largest of the
+            run. Or a data set with a length and samples by number: its n longest are tried, no more than it has, and
+            where lengths differ the answer must survive shuffled batches too. Or one example batch, whose tensors
+            are tiled or cut along their first dimension; a list is one unless ``collate_fn`` or ``length`` is given.
+            A batch may live on the host: it is moved to the model's device in every step, as in training. A mapping
+            is given to the model as keywords; with ``loss_fn`` a pair is ``(input, target)``; without, a tuple is
+            given as positional arguments; anything else is the model's one argument.
+        collate_fn: makes a batch of a list of samples of the data set, as for a DataLoader; torch's own if not given.
+        length: what makes a sample of the data set long: a function of one sample, or a sequence with the length of
+            each. Without it samples are measured by the elements of their tensors and lists: at most 4096 of them,
+            spread over the data set. A fresh process that builds the workload does so anew.
         evaluate: ``evaluate(n)`` runs an evaluation of n samples; without it, a forward pass and the loss of
             ``sample(n)`` without gradients is what evaluation means.
         precision: ``"fp32"``, or ``"bf16"`` or ``"fp16"`` for autocast (``fp16`` with a GradScaler). None leaves
@@ -42,7 +52,11 @@ class Workload:
         max_grad_norm: gradients are clipped to this norm before the optimizer steps.
         accumulate: True if training will accumulate gradients: then two micro-batches are run a step, since the
             gradients of the first are alive in the second.
-        extra_state: further objects that a step changes and a probe must put back (an EMA copy, a sampler, ...).
+        ema: an averaged copy of the weights, updated after every optimizer step: an object with
+            ``update_parameters(model)`` (torch's AveragedModel) or ``update(model)`` (timm's), or a function of the
+            model, whose copy then belongs into ``extra_state``.
+        keep_outputs: so many outputs of the last steps stay alive, detached, as where metrics are computed from them.
+        extra_state: further objects that a step changes and a probe must put back (a sampler, a metric, ...).
         mode: what to find the largest batch of: ``"train"``, ``"eval"`` or ``"both"``.
         name: for people; the model's class name if not given.
 
@@ -58,14 +72,18 @@ class Workload:
         model: nn.Module,
         optimizer: torch.optim.Optimizer | None = None,
         loss_fn: Callable[..., Tensor] | None = None,
-        sample: Callable[[int], Any] | None = None,
+        sample: Any = None,
         *,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        length: Callable[[Any], float] | Sequence[float] | None = None,
         evaluate: Callable[[int], Any] | None = None,
         precision: str | None = None,
         scheduler: Any = None,
         scaler: Any = None,
         max_grad_norm: float | None = None,
         accumulate: bool = False,
+        ema: Any = None,
+        keep_outputs: int = 0,
         extra_state: Sequence[Any] = (),
         mode: str = "train",
         name: str | None = None,
@@ -77,20 +95,23 @@ class Workload:
         for argument, value in (("loss_fn", loss_fn), ("evaluate", evaluate)):
             if value is not None and not callable(value):
                 raise InvalidArgumentError(argument, value, "a function, or None")
-        if not callable(sample):
-            raise InvalidArgumentError("sample", sample, "a function of n that returns a batch of n samples")
         if precision is not None and precision not in PRECISIONS:
             raise InvalidArgumentError("precision", precision, f"one of {', '.join(PRECISIONS)}, or None")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise InvalidArgumentError("max_grad_norm", max_grad_norm, "a positive number, or None")
+        if isinstance(keep_outputs, bool) or not isinstance(keep_outputs, int) or keep_outputs < 0:
+            raise InvalidArgumentError("keep_outputs", keep_outputs, "a whole number from 0 on")
         check_mode(mode)
-        self.model, self.optimizer, self.loss_fn, self.sample = model, optimizer, loss_fn, sample
+        self._update_ema = update_of(ema)
+        self.model, self.optimizer, self.loss_fn, self.ema = model, optimizer, loss_fn, ema
+        self.sample: Batches = batches_of(sample, collate_fn, length)
         self.precision, self.scheduler, self.scaler = precision, scheduler, scaler
         self.max_grad_norm, self.accumulate, self.mode = max_grad_norm, accumulate, mode
         self.extra_state = tuple(extra_state)
         self.name: str = name or type(getattr(model, "_orig_mod", model)).__name__
         self._evaluate = evaluate
         self._last: Any = None
+        self._kept: collections.deque[list[Tensor]] = collections.deque(maxlen=keep_outputs)
         self._slots: list[tuple[MutableMapping[Any, Any], set[int]]] = []
         if precision == "fp16" and scaler is None:
             self.scaler = torch.amp.GradScaler(self.device.type)
@@ -113,33 +134,44 @@ class Workload:
     @property
     def stateful(self) -> tuple[Any, ...]:
         """Every object that a step may change."""
-        known = (self.model, self.optimizer, self.scheduler, self.scaler, self.loss_fn, *self.extra_state)
+        known = (self.model, self.optimizer, self.scheduler, self.scaler, self.loss_fn, self.ema, *self.extra_state)
         return tuple(item for item in known if item is not None)
 
     def to(self, torch_device: str) -> None:
         """Moves the model (its parameters in place, so the optimizer still holds them) to ``torch_device``."""
         self.model.to(torch_device)
-        if isinstance(self.loss_fn, nn.Module):
-            self.loss_fn.to(torch_device)
+        for module in (self.loss_fn, self.ema):
+            if isinstance(module, nn.Module):
+                module.to(torch_device)
         if self.precision == "fp16" and self.scaler is not None and self.scaler._device != self.device.type:
             self.scaler = torch.amp.GradScaler(self.device.type)
 
-    def train_step(self, batch_size: int) -> None:
+    def data(self) -> dict[str, Extent]:
+        """What there is to draw from in each mode; a mode whose batches come from a function is left out."""
+        if not isinstance(self.sample, DatasetBatches):
+            return {}
+        return dict.fromkeys(("train", "eval") if self._evaluate is None else ("train",), self.sample.extent)
+
+    def shuffled(self, seed: int) -> Batches:
+        """What a step can take its batches from in place of :attr:`sample`: a data set in shuffled order."""
+        return self.sample.shuffled(seed) if isinstance(self.sample, DatasetBatches) else self.sample
+
+    def train_step(self, batch_size: int, sample: Batches | None = None) -> None:
         """One whole training step of ``batch_size`` samples, two micro-batches of it with ``accumulate``."""
         self.model.train()
         for _ in range(2 if self.accumulate else 1):
-            loss = self._run_forward(batch_size)
+            loss = self._run_forward(batch_size, sample)
             (self.scaler.scale(loss) if self.scaler is not None else loss).backward()
         self._update()
 
-    def eval_step(self, batch_size: int) -> None:
+    def eval_step(self, batch_size: int, sample: Batches | None = None) -> None:
         """One evaluation of ``batch_size`` samples, without gradients."""
         if self._evaluate is not None:
             self._evaluate(batch_size)
             return
         self.model.eval()
         with torch.no_grad():
-            self._run_forward(batch_size)
+            self._run_forward(batch_size, sample)
 
     def begin(self) -> None:
         """Notes what the optimizers hold: what steps add to it, :meth:`forget` takes away."""
@@ -147,12 +179,13 @@ class Workload:
         self._slots = [(state, set(map(id, state))) for state in states]
 
     def forget(self) -> None:
-        """Drops what steps leave alive: gradients, the last step's batch, output and loss, and optimizer state.
+        """Drops what steps leave alive: gradients, the last step's batch, outputs and loss, and optimizer state.
 
         A step that finds the optimizer's state there needs less than training's first steps, which create it between
         the activations: on a virtual 80 GiB GPU, GPT-2 fits at 42 in the one way and at 39 in the other.
         """
         self._last = None
+        self._kept.clear()
         self._zero_grad()
         for state, known in self._slots:
             for parameter in [key for key in state if id(key) not in known]:
@@ -161,14 +194,21 @@ class Workload:
     def _zero_grad(self) -> None:
         self.model.zero_grad(set_to_none=True)
 
-    def _run_forward(self, batch_size: int) -> Tensor:
-        batch = move(self.sample(batch_size), self.device)
+    def _run_forward(self, batch_size: int, sample: Batches | None) -> Tensor:
+        batch = move((sample or self.sample)(batch_size), self.device)
         with self._autocast():
             output = self._output(batch)
             loss = self._loss(output, batch)
         # In a loop written by hand, `output = model(batch)` keeps the last step's output alive until here.
         self._last = (batch, output, loss)
+        self._keep([tensor.detach() for tensor in tensors(output)])
         return loss
+
+    def _keep(self, output: list[Tensor]) -> None:
+        """Keeps ``output``; the first fills all the places, for a trial is shorter than the run that fills them."""
+        self._kept.append(output)
+        while len(self._kept) < (self._kept.maxlen or 0):
+            self._kept.append([tensor.clone() for tensor in output])
 
     def _output(self, batch: Any) -> Any:
         if isinstance(batch, Mapping):
@@ -203,6 +243,8 @@ class Workload:
         self.model.zero_grad(set_to_none=True)
         if self.scheduler is not None:
             self.scheduler.step()
+        if self._update_ema is not None:
+            self._update_ema(self.model)
 
 
 class _StepWorkload(Workload):
@@ -212,7 +254,7 @@ class _StepWorkload(Workload):
         if not callable(step):
             raise InvalidArgumentError("step", step, "a function of n that trains one step on n samples")
         self.step, self.extra_state = step, tuple(state)
-        self._last, self._slots = None, []
+        self._last, self._slots, self._kept = None, [], collections.deque(maxlen=0)
         self.mode = "train"
         self.name = name or str(getattr(step, "__name__", type(step).__name__))
 
@@ -227,13 +269,19 @@ class _StepWorkload(Workload):
     def to(self, torch_device: str) -> None:
         """A step function places its tensors itself."""
 
-    def train_step(self, batch_size: int) -> None:
+    def data(self) -> dict[str, Extent]:
+        return {}
+
+    def shuffled(self, seed: int) -> Batches:
+        raise AttributeError("a step function makes its batches itself")
+
+    def train_step(self, batch_size: int, sample: Batches | None = None) -> None:
         assert self.step is not None
         if isinstance(self.step(batch_size), Workload):
             allowed = "step(n), or a function that builds a Workload from no argument or from one called 'device'"
             raise InvalidArgumentError("workload", self.name, allowed)
 
-    def eval_step(self, batch_size: int) -> None:
+    def eval_step(self, batch_size: int, sample: Batches | None = None) -> None:
         raise InvalidArgumentError("mode", "eval", "train for a workload that is only a step function")
 
     def _zero_grad(self) -> None:
@@ -246,33 +294,3 @@ def check_mode(mode: str) -> None:
     """Raises InvalidArgumentError unless ``mode`` is one of :data:`MODES`."""
     if mode not in MODES:
         raise InvalidArgumentError("mode", mode, f"one of {', '.join(MODES)}")
-
-
-def move(batch: Any, device: torch.device) -> Any:
-    """``batch`` with every tensor in it on ``device``: tensors, mappings, sequences and dataclasses of them."""
-    if hasattr(batch, "to") and callable(batch.to):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {key: move(value, device) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(move(value, device) for value in batch))
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(move(value, device) for value in batch)
-    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        fields: Iterable[str] = (f.name for f in dataclasses.fields(batch) if f.init)
-        return dataclasses.replace(batch, **{name: move(getattr(batch, name), device) for name in fields})
-    return batch
-
-
-def loss_of(output: Any) -> Tensor:
-    """The loss in what a model returned that computes it itself."""
-    found = output
-    if isinstance(output, Mapping):
-        found = output.get("loss")
-    elif hasattr(output, "loss"):
-        found = output.loss
-    elif isinstance(output, (tuple, list)) and output:
-        found = output[0]
-    if not isinstance(found, Tensor) or found.dim() > 0:
-        raise InvalidArgumentError("loss_fn", None, "given when the model does not return a scalar loss itself")
-    return found

@@ -196,3 +196,64 @@ def test_a_model_without_a_loss_says_what_is_missing() -> None:
     workload = Workload(nn.Linear(3, 2), sample=lambda n: torch.ones(n, 3))
     with pytest.raises(InvalidArgumentError, match="loss_fn"):
         workload.train_step(2)
+
+
+def averaged(kind: str, model: nn.Module, calls: list[Any]) -> Any:
+    class Timm(nn.Module):
+        def update(self, updated: nn.Module) -> None:
+            calls.append(updated)
+
+    if kind == "torch":
+        average = torch.optim.swa_utils.AveragedModel(model)
+        update = average.update_parameters
+        average.update_parameters = lambda updated: (calls.append(updated), update(updated))
+        return average
+    return Timm() if kind == "timm" else calls.append
+
+
+@pytest.mark.parametrize("kind", ["torch", "timm", "function"])
+def test_an_average_of_the_weights_is_updated_once_a_step(kind: str) -> None:
+    model, calls = nn.Linear(3, 1), []
+    ema = averaged(kind, model, calls)
+    workload = Workload(
+        model, sample=lambda n: torch.ones(n, 3), loss_fn=lambda o, b: o.sum(), ema=ema, accumulate=True
+    )
+    workload.train_step(2)
+    assert calls == [model]
+    workload.eval_step(2)
+    assert len(calls) == 1
+    assert any(item is ema for item in workload.stateful)
+
+
+def test_an_average_of_the_weights_is_put_back() -> None:
+    from autobatch import find
+    from autobatch.probe.state import fingerprint
+
+    model = nn.Linear(3, 1)
+    ema = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))
+    before = fingerprint(model, ema)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    workload = Workload(model, optimizer, sample=lambda n: torch.ones(n, 3), loss_fn=lambda o, b: o.sum(), ema=ema)
+    workload.train_step(2)
+    assert fingerprint(model, ema) != before
+    before = fingerprint(model, ema)
+    find(workload, device="cpu", memory_limit="1GiB", max_batch_size=2)
+    assert fingerprint(model, ema) == before
+
+
+def test_outputs_that_are_kept_are_there_from_the_first_step_on_and_without_their_graph() -> None:
+    import weakref
+
+    outputs: list[weakref.ref[torch.Tensor]] = []
+    model = nn.Linear(3, 1)
+    model.register_forward_hook(lambda m, i, o: outputs.append(weakref.ref(o)))
+    workload = Workload(model, sample=lambda n: torch.ones(n, 3), loss_fn=lambda o, b: o.sum(), keep_outputs=3)
+    workload.train_step(2)
+    kept = [tensor for output in workload._kept for tensor in output]
+    assert [tensor.shape for tensor in kept] == [(2, 1)] * 3
+    assert len({tensor.data_ptr() for tensor in kept}) == 3
+    assert not any(tensor.requires_grad for tensor in kept)
+    workload.train_step(5)
+    assert [len(tensor) for output in workload._kept for tensor in output] == [2, 2, 5]
+    workload.forget()
+    assert not workload._kept
