@@ -34,7 +34,7 @@ def twin_of(info: DeviceInfo, budget_bytes: int | None) -> str | None:
         return None
     multiprocessors = info.details.get("multiprocessors")
     sms = f",sms={multiprocessors}" if multiprocessors else ""
-    return f"memory={budget_bytes},capability={info.capability},outside=0{sms}"
+    return f"memory={budget_bytes}B,capability={info.capability},outside=0{sms}"
 
 
 def virtual_guess(builder: Callable[..., Any], card: str, search: Callable[[Executor], int]) -> tuple[int | None, str]:
@@ -43,7 +43,8 @@ def virtual_guess(builder: Callable[..., Any], card: str, search: Callable[[Exec
     Whatever goes wrong there is no error of the caller's: the real GPU has the last word.
     """
     try:
-        with closing(ChildExecutor(builder, VirtualGPU(card).isolation())) as executor:
+        device = VirtualGPU(card)  # as long as it is there, so is the card
+        with closing(ChildExecutor(builder, device.isolation())) as executor:
             guess = search(executor)
     except Exception as exc:  # noqa: BLE001 - a workload may fail in any way where all values are zero
         return None, f"A virtual GPU could not be asked for a first guess ({type(exc).__name__})."

@@ -63,7 +63,8 @@ def test_answers_survive(rows: list[dict[str, Any]]) -> None:
 def _survives(cell: Cell, size: int) -> bool:
     fresh = TrialRequest(batch_size=size, steps=20)
     after_small = TrialRequest(batch_size=size, steps=20, sizes_before=(1, 1))
-    with closing(ChildExecutor(cell.build, VirtualGPU(cell.card).isolation())) as executor:
+    device = VirtualGPU(cell.card)  # as long as it is there, so is the card
+    with closing(ChildExecutor(cell.build, device.isolation())) as executor:
         executor.setting()
         same_process = [executor.run(fresh).trial.fits]
         return all([*same_process, *(a.trial.fits for a in executor.confirm((fresh, after_small)))])

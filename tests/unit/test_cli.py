@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
-import time
 
 import click
 import pytest
@@ -32,10 +32,14 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_help_answers_in_a_blink():
+    def spent_s() -> float:  # of the processor, so that a busy machine does not count
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
     def once() -> float:
-        started_s = time.perf_counter()
+        before_s = spent_s()
         assert python("-m", "autobatch", "--help").returncode == 0
-        return time.perf_counter() - started_s
+        return spent_s() - before_s
 
     assert min(once() for _ in range(5)) < 0.3
 
