@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from autobatch.cli.command import AfterDashes, command_of
 from autobatch.cli.errors import traceback_option, workload_errors
 from autobatch.cli.targets import ModelOptions, Target, parse_target
 from autobatch.cli.targets.common import OPTIMIZERS
 from autobatch.cli.targets.hf import TASKS
 from autobatch.errors import InvalidArgumentError
+from autobatch.probe.command import Command
 from autobatch.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -53,8 +55,8 @@ def _writable(ctx: click.Context, param: click.Parameter, value: str | None) -> 
     return path
 
 
-@click.command()
-@click.argument("target")
+@click.command(cls=AfterDashes)
+@click.argument("target", required=False)
 @click.option(
     "--device",
     "--gpu",
@@ -105,15 +107,25 @@ def _writable(ctx: click.Context, param: click.Parameter, value: str | None) -> 
 )
 @click.option("--any-capability", is_flag=True, help="Also a virtual GPU for which this torch has no kernels.")
 @click.option("--json", "json_path", callback=_writable, metavar="FILE", help="Write the result to this file.")
+@click.option("--verbose", is_flag=True, help="Show the output of a command as it comes.")
 @traceback_option
 @click.pass_context
 def probe(
-    ctx: click.Context, /, target: str, device: str, any_capability: bool, json_path: Path | None, **options: Any
+    ctx: click.Context,
+    /,
+    target: str | None,
+    device: str,
+    any_capability: bool,
+    json_path: Path | None,
+    verbose: bool,
+    **options: Any,
 ) -> None:
-    """Find the largest batch size of TARGET by training it for a few steps at several sizes.
+    """Find the largest batch size of TARGET, or of a COMMAND, by training it for a few steps at several sizes.
 
     TARGET is a model that autobatch can make by itself, with random weights and nothing downloaded, or a function of
     yours that returns an autobatch.Workload. It is given `device`, and options by their names, if it takes them.
+    COMMAND is a training command as you have it, with {batch_size} where the number goes. {scratch} in it is a folder
+    that is new in each trial.
 
     \b
     Targets:
@@ -128,6 +140,8 @@ def probe(
       autobatch probe torchvision:resnet50 --precision fp16 --gpu memory=24GiB,capability=8.6
       autobatch probe train.py:build --device cuda:0 --json result.json
       autobatch probe train.py:build --device cpu --memory-limit 8GiB
+      autobatch probe --gpu a100-40gb -- python train.py --batch-size {batch_size} --out {scratch}
+      autobatch probe -- torchrun --nproc-per-node 2 train.py --batch-size {batch_size}
 
     \b
     Exit codes:
@@ -136,14 +150,14 @@ def probe(
       2  a wrong option or name         130  interrupted
     """
     model_options = ModelOptions(**{name: options.pop(name) for name in _MODEL_OPTIONS})
-    workload = parse_target(target, model_options)
-    result = _search(ctx, workload, device, any_capability, options)
+    workload: Target | Command | None = command_of(ctx, target, model_options, verbose=verbose)
+    result = _search(ctx, workload or parse_target(str(target), model_options), device, any_capability, options)
     if json_path is not None:
         json_path.write_text(result.to_json() + "\n", encoding="utf-8")
 
 
 def _search(
-    ctx: click.Context, workload: Target, device: str, any_capability: bool, options: dict[str, Any]
+    ctx: click.Context, workload: Target | Command, device: str, any_capability: bool, options: dict[str, Any]
 ) -> BatchSizeResult:
     from rich.console import Console
 
@@ -154,8 +168,11 @@ def _search(
     # Ends like an interrupt does: the child processes go, and the files of a virtual GPU with them.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     place = resolve_device(device, memory_limit_bytes=options["memory_limit"], any_capability=any_capability)
-    console, info = Console(), identify(place)
-    for line in (device_line(info, place.torch_device), *other_lines(info), f"Target: {workload.title}"):
+    # Lines, where a command's own output comes between: it would tear a table that is drawn in place.
+    is_verbose = isinstance(workload, Command) and workload.verbose
+    console, info = Console(force_terminal=False if is_verbose else None), identify(place)
+    warnings = workload.warnings() if isinstance(workload, Command) else ()
+    for line in (device_line(info, place.torch_device), *other_lines(info), f"Target: {workload.title}", *warnings):
         say(console, line)
     with display_for(console, info) as display:
         from autobatch.probe.finder import find  # imports torch, so the device is shown first

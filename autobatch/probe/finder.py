@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from autobatch.device.base import Device
 from autobatch.errors import DoesNotFitError, InvalidArgumentError
+from autobatch.probe.command import Command
+from autobatch.probe.command_executor import CommandExecutor
 from autobatch.probe.executor import Executor, LocalExecutor, Setting
 from autobatch.probe.isolation import ChildExecutor, is_importable
 from autobatch.probe.search import SearchAnswer, check_arguments, search
@@ -33,7 +35,7 @@ FRAGMENTED = 1.05
 
 
 def find(
-    workload: Workload | Callable[..., Any],
+    workload: Workload | Command | Callable[..., Any],
     *,
     device: str | Device = "auto",
     state: Sequence[Any] = (),
@@ -57,7 +59,8 @@ def find(
     Args:
         workload: a :class:`Workload` of live objects; a function without arguments (or with one named ``device``)
             that builds one; or ``step(n)``, a function that trains one step on n samples. A function that can be
-            imported by name may run in a child process, and must where the device is a virtual GPU.
+            imported by name may run in a child process, and must where the device is a virtual GPU. Or a
+            :class:`~autobatch.probe.command.Command`, which is started anew for each trial.
         device: ``"auto"`` (a GPU, else another accelerator, else host memory), a torch device, a Device, or the name
             of a virtual GPU such as ``"a100-40gb"``.
         state: what ``step(n)`` changes and the probe must put back.
@@ -104,6 +107,8 @@ def find(
         )
         answers = probe.search(rounding | limits, comparable=place.comparable_peaks)
     result = probe.result(answers, headroom, limit_bytes, time.monotonic() - started_s)
+    if isinstance(executor, CommandExecutor):
+        result = replace(result, notes=(*result.notes, *executor.notes()))
     if isinstance(executor, LocalExecutor) and isinstance(source, Workload) and not source.stateful:
         result = replace(result, notes=(*result.notes, NOT_RESTORED))
     return result
@@ -200,10 +205,10 @@ class _Probe:
         if size in self.suspects:
             return self.suspects[size]
         device = self.setting.environment.get("device", "the device")
-        message = (
-            f"batch {size} does not fit on {device} in {format_bytes(self.capacity_bytes)}, of which the model alone "
-            f"holds {format_bytes(self.setting.held_bytes)}"
-        )
+        held_bytes = self.setting.held_bytes
+        message = f"batch {size} does not fit on {device} in {format_bytes(self.capacity_bytes)}"
+        if held_bytes is not None:
+            message += f", of which the model alone holds {format_bytes(held_bytes)}"
         if error.trial is not None and error.trial.message:
             message += f": {error.trial.message}"
         return DoesNotFitError(message, error.trial)
@@ -212,6 +217,14 @@ class _Probe:
 @contextmanager
 def _executor(source: Source, device: Device, isolate: bool | str) -> Iterator[Executor]:
     """The place of the trials; what the caller owns is put back when it is left."""
+    if isinstance(source, Command):
+        if isolate is False:
+            raise InvalidArgumentError(
+                "isolate", isolate, "True or 'auto' for a Command, which is a process of its own"
+            )
+        with closing(CommandExecutor(source, device)) as command:
+            yield command
+        return
     builder = builder_of(source)
     isolation = device.isolation()
     if isolation.required or isolate is True:

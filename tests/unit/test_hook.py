@@ -4,13 +4,12 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from autobatch.virtual import hook
+from autobatch import hook
 
-HOOK = Path(hook.__file__).parent
+HOOK = hook.START
 CUDA = """
 class Properties: uuid = "11111111-2222-3333-4444-555555555555"
 def is_initialized(): return {initialized}
