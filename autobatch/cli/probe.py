@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -179,6 +180,6 @@ def _search(
 
         with workload_errors(ctx):
             result = find(workload, device=place, on_trial=display.on_trial, **options)
-    for line in closing_lines(result):
+    for line in closing_lines(replace(result, notes=tuple(note for note in result.notes if note not in warnings))):
         say(console, line)
     return result

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _BENCHMARKS = ("autotune", "benchmark", "select_algorithm", "triton_heuristics", "triton.testing")
 """Parts of the names of modules that try kernels out and mean to survive what that runs into."""
 
-trial: Any = sys.modules["_autobatch_trial"]
+trial: Any = sys.modules.get("_autobatch_trial")  # which has loaded this module
 
 
 class _Training:
@@ -72,7 +72,7 @@ def _stepped(optimizer: Any, args: Any, kwargs: Any) -> None:
     if state.optimizer() is not optimizer:
         return
     if state.out_of_memory and not record["done"]:
-        record["caught"] = state.out_of_memory
+        record.update(caught=state.out_of_memory, **measure())
         _finish()
     if not record["done"]:
         _count(state, record)
@@ -105,7 +105,7 @@ def _finish() -> NoReturn:
 def _retries(cuda: Any) -> int | None:
     if not cuda.is_initialized():
         return None
-    return sum(cuda.memory_stats(index).get("num_alloc_retries", 0) for index in range(cuda.device_count()))
+    return sum(int(cuda.memory_stats(index).get("num_alloc_retries", 0)) for index in range(cuda.device_count()))
 
 
 def _ranks(torch: Any) -> int:
@@ -184,15 +184,15 @@ def _notice_errors(torch: Any) -> None:
     def init(self: BaseException, *args: Any, **kwargs: Any) -> None:
         make(self, *args, **kwargs)
         if _training is not None and not _is_benchmark():
-            _training.out_of_memory = next(iter(str(self).splitlines()), type(self).__name__)
+            _training.out_of_memory = trial.load("device/oom").first_line(self)
 
     torch.OutOfMemoryError.__init__ = init
 
 
 def _is_benchmark() -> bool:
-    frame: Any = sys._getframe(2)
+    frame: Any = sys._getframe()
     while frame is not None:
-        name = str(frame.f_globals.get("__name__"))
+        name = str(frame.f_globals.get("__name__", ""))
         if name.startswith(("torch.", "triton.")) and any(part in name for part in _BENCHMARKS):
             return True
         frame = frame.f_back

@@ -28,7 +28,6 @@ from autobatch.probe.isolation import ChildExecutor
 from autobatch.probe.processes import out_of_memory_kills
 from autobatch.probe.trial import Attempt, TrialRequest
 from autobatch.probe.workload import Workload
-from autobatch.result import Outcome
 
 _PER_PROCESS = "The limit on host memory holds for each process of the command, not for all of them together."
 _ONE_HISTORY = "A command can be confirmed after a fresh start alone: smaller batches before it cannot be asked of it."
@@ -156,7 +155,7 @@ class CommandExecutor:
         trial = attempt.trial
         if trial.fits:
             self._fitted.add(trial.batch_size)
-        elif trial.outcome is Outcome.LIMIT or SHRANK in trial.message:
+        elif SHRANK in trial.message:
             self._noticed[f"At a batch of {trial.batch_size}: {trial.message}."] = None
         allowed = self._fraction
         if allowed is not None and any(record.get("fraction", 0) > 1.001 * allowed for record in ending.records):

@@ -35,6 +35,8 @@ class Ending:
     """What each process wrote (:mod:`autobatch.hook.trial`)."""
     tail: str = ""
     """Its last lines."""
+    log: str = ""
+    """The file that has them all."""
 
 
 @dataclass
@@ -109,7 +111,7 @@ def run(words: Sequence[str], variables: Mapping[str, str], trace: Trace, *, ste
         finally:
             _kill(process)
     trace.update()
-    return Ending(code=code, silent=silent, records=trace.records, tail=trace.tail())
+    return Ending(code=code, silent=silent, records=trace.records, tail=trace.tail(), log=str(trace.log.name))
 
 
 @contextlib.contextmanager

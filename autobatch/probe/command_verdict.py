@@ -94,7 +94,9 @@ def _failed(request: TrialRequest, ending: Ending, tier: Tier, message: str) -> 
 
 
 def _fail(request: TrialRequest, ending: Ending, message: str) -> NoReturn:
-    raise WorkloadFailedError(f"batch {request.batch_size}: {message}", request.batch_size, ending.tail)
+    raise WorkloadFailedError(
+        f"batch {request.batch_size}: {message}. Its whole output is in {ending.log}", request.batch_size, ending.tail
+    )
 
 
 def _trial(request: TrialRequest, records: list[Record], tier: Tier | None, message: str) -> Trial:

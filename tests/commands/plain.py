@@ -14,7 +14,6 @@ def parse():
     parser.add_argument("--features", type=int, default=1024)
     parser.add_argument("--samples", type=int, default=1_000_000)
     parser.add_argument("--out", default=None)
-    parser.add_argument("--mode", default="train")
     return parser.parse_args()
 
 
