@@ -32,6 +32,7 @@ from autobatch.result import BatchSizeResult, Measurement, Outcome, Trial
 
 if TYPE_CHECKING:
     from autobatch.device.oom import is_oom
+    from autobatch.probe.command import Command
     from autobatch.probe.finder import find
     from autobatch.probe.workload import Workload
     from autobatch.virtual.device import VirtualGPU
@@ -40,6 +41,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "find": "autobatch.probe.finder",
+    "Command": "autobatch.probe.command",
     "Workload": "autobatch.probe.workload",
     "VirtualGPU": "autobatch.virtual.device",
     "is_oom": "autobatch.device.oom",
@@ -48,6 +50,7 @@ _HOMES = {
 __all__ = [
     "AutobatchError",
     "BatchSizeResult",
+    "Command",
     "DeviceCorruptedError",
     "DeviceError",
     "DeviceNotFoundError",

@@ -6,21 +6,20 @@ import signal
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from autobatch.cli.errors import traceback_option, workload_errors
+from autobatch.cli.chosen import Chosen
+from autobatch.cli.command import AfterDashes, command_of
+from autobatch.cli.errors import traceback_option
 from autobatch.cli.sweep import Sweep, parse_sweep, plot_sweep, run_sweep, sweep_json, sweep_targets
 from autobatch.cli.targets import ModelOptions, Target, parse_target
 from autobatch.cli.targets.common import OPTIMIZERS
 from autobatch.cli.targets.hf import TASKS
 from autobatch.errors import InvalidArgumentError
+from autobatch.probe.command import Command
 from autobatch.units import parse_bytes
-
-if TYPE_CHECKING:
-    from autobatch.device.base import Device
-    from autobatch.result import BatchSizeResult
 
 _MODEL_OPTIONS = tuple(ModelOptions.__dataclass_fields__)
 
@@ -66,8 +65,8 @@ def _picture(ctx: click.Context, param: click.Parameter, value: str | None) -> P
     return _writable(ctx, param, value)
 
 
-@click.command()
-@click.argument("target")
+@click.command(cls=AfterDashes)
+@click.argument("target", required=False)
 @click.option(
     "--device",
     "--gpu",
@@ -137,23 +136,27 @@ def _picture(ctx: click.Context, param: click.Parameter, value: str | None) -> P
 )
 @click.option("--any-capability", is_flag=True, help="Also a virtual GPU for which this torch has no kernels.")
 @click.option("--json", "json_path", callback=_writable, metavar="FILE", help="Write the result to this file.")
+@click.option("--verbose", is_flag=True, help="Show the output of a command as it comes.")
 @traceback_option
 @click.pass_context
 def probe(
     ctx: click.Context,
     /,
-    target: str,
+    target: str | None,
     device: str,
     any_capability: bool,
     sweep: Sweep | None,
     json_path: Path | None,
     plot_path: Path | None,
+    verbose: bool,
     **options: Any,
 ) -> None:
-    """Find the largest batch size of TARGET by training it for a few steps at several sizes.
+    """Find the largest batch size of TARGET, or of a COMMAND, by training it for a few steps at several sizes.
 
     TARGET is a model that autobatch can make by itself, with random weights and nothing downloaded, or a function of
     yours that returns an autobatch.Workload. It is given `device`, and options by their names, if it takes them.
+    COMMAND is a training command as you have it, with {batch_size} where the number goes. {scratch} in it is a folder
+    that is new in each trial.
 
     \b
     Targets:
@@ -169,6 +172,8 @@ def probe(
       autobatch probe train.py:build --device cuda:0 --json result.json
       autobatch probe train.py:build --device cpu --memory-limit 8GiB
       autobatch probe hf:gpt2 --gpu a100-40gb --sweep seq_len=256,512,1024 --plot frontier.png
+      autobatch probe --gpu a100-40gb -- python train.py --batch-size {batch_size} --out {scratch}
+      autobatch probe -- torchrun --nproc-per-node 2 train.py --batch-size {batch_size}
 
     \b
     Exit codes:
@@ -177,57 +182,34 @@ def probe(
       2  a wrong option or name         130  interrupted
     """
     model_options = ModelOptions(**{name: options.pop(name) for name in _MODEL_OPTIONS})
-    targets = [parse_target(target, model_options)] if sweep is None else sweep_targets(target, model_options, sweep)
     # A picture is drawn of the trials, and the cache has them no more.
     options["cache"] = (options["cache"] and (plot_path is None or sweep is not None)) or None
+    command = command_of(ctx, target, model_options, verbose=verbose)
     # Ends like an interrupt does: the child processes go, and the files of a virtual GPU with them.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    place = _place(device, options["memory_limit"], any_capability, targets[0].title)
-    if sweep is not None:
-        points = run_sweep(
-            sweep, targets, lambda workload, guess: _search(ctx, workload, place, options | {"first_guess": guess})
-        )
-        text = sweep_json(sweep, points)
-        if plot_path is not None:
-            plot_sweep(sweep, points, targets[0].title, plot_path)
+    chosen = Chosen(ctx, device, any_capability, options)
+    if sweep is None:
+        text = _one(chosen, command or parse_target(str(target), model_options), plot_path)
+    elif command is None:
+        text = _several(chosen, sweep_targets(str(target), model_options, sweep), sweep, plot_path)
     else:
-        result = _search(ctx, targets[0], place, options)
-        text = result.to_json()
-        if plot_path is not None:
-            from autobatch.report.plot import plot_result
-
-            plot_result(result, plot_path)
+        raise InvalidArgumentError("sweep", sweep, "left out: it varies an option of a TARGET, not of a command")
     if json_path is not None:
         json_path.write_text(text + "\n", encoding="utf-8")
 
 
-def _place(device: str, memory_limit: int | None, any_capability: bool, title: str) -> Device:
-    """The device, shown before anything is run on it."""
-    from rich.console import Console
+def _one(chosen: Chosen, workload: Target | Command, plot_path: Path | None) -> str:
+    result = chosen.search(workload, chosen.place(workload))
+    if plot_path is not None:
+        from autobatch.report.plot import plot_result
 
-    from autobatch.cli.devices import identify
-    from autobatch.report.live import device_line, other_lines, say
-    from autobatch.virtual.resolve import resolve_device
-
-    place = resolve_device(device, memory_limit_bytes=memory_limit, any_capability=any_capability)
-    info = identify(place)
-    for line in (device_line(info, place.torch_device), *other_lines(info), f"Target: {title}"):
-        say(Console(), line)
-    return place
+        plot_result(result, plot_path)
+    return result.to_json()
 
 
-def _search(ctx: click.Context, workload: Target, place: Device, options: dict[str, Any]) -> BatchSizeResult:
-    from rich.console import Console
-
-    from autobatch.cli.devices import identify
-    from autobatch.report.live import closing_lines, display_for, say
-
-    console = Console()
-    with display_for(console, identify(place)) as display:
-        from autobatch.probe.finder import find  # imports torch, so the device is shown first
-
-        with workload_errors(ctx):
-            result = find(workload, device=place, on_trial=display.on_trial, **options)
-    for line in closing_lines(result):
-        say(console, line)
-    return result
+def _several(chosen: Chosen, targets: list[Target], sweep: Sweep, plot_path: Path | None) -> str:
+    place = chosen.place(targets[0])
+    points = run_sweep(sweep, targets, lambda target, guess: chosen.search(target, place, first_guess=guess))
+    if plot_path is not None:
+        plot_sweep(sweep, points, targets[0].title, plot_path)
+    return sweep_json(sweep, points)

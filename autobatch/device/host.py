@@ -159,12 +159,7 @@ class HostDevice:
     @functools.cached_property
     def _baseline(self) -> _Baseline:
         importlib.import_module("torch")  # the workload's imports are not the workload
-        process.trim_heap()
-        status, tensors = process.status_bytes(), process.tensor_bytes()
-        return _Baseline(
-            max(0, status.get("VmData", 0) - process.free_heap_bytes() - tensors),
-            max(0, status.get("VmRSS", 0) - tensors),
-        )
+        return _Baseline(*process.idle_bytes())
 
     @functools.cached_property
     def _default_budget_bytes(self) -> int:

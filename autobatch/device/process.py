@@ -63,6 +63,17 @@ def trim_heap() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def idle_bytes() -> tuple[int, int]:
+    """Private data, and resident memory, of this process less its free heap and its live tensors. In bytes.
+
+    What it would have if it were idle, with its imports done: what a limit on the workload is counted from.
+    """
+    trim_heap()
+    status, tensors = status_bytes(), tensor_bytes()
+    data_bytes = status.get("VmData", 0) - free_heap_bytes() - tensors
+    return max(0, data_bytes), max(0, status.get("VmRSS", 0) - tensors)
+
+
 def container_available_bytes(root: Path = Path("/sys/fs/cgroup")) -> int | None:
     """What the control group of this process (a container's limit) leaves, in bytes; None if there is no limit.
 

@@ -14,6 +14,8 @@ from autobatch.device.base import Device
 from autobatch.errors import DoesNotFitError, InvalidArgumentError
 from autobatch.probe.advice import fragmentation_notes
 from autobatch.probe.cache import open_cache
+from autobatch.probe.command import Command
+from autobatch.probe.command_executor import CommandExecutor
 from autobatch.probe.data import search_within
 from autobatch.probe.executor import Executor, LocalExecutor, Setting
 from autobatch.probe.isolation import ChildExecutor, is_importable
@@ -40,7 +42,7 @@ NOT_RESTORED = "What the step function changes was not put back: name it in stat
 
 
 def find(
-    workload: Workload | Callable[..., Any],
+    workload: Workload | Command | Callable[..., Any],
     *,
     device: str | Device = "auto",
     state: Sequence[Any] = (),
@@ -66,7 +68,8 @@ def find(
     Args:
         workload: a :class:`Workload` of live objects; a function without arguments (or with one named ``device``)
             that builds one; or ``step(n)``, a function that trains one step on n samples. A function that can be
-            imported by name may run in a child process, and must where the device is a virtual GPU.
+            imported by name may run in a child process, and must where the device is a virtual GPU. Or a
+            :class:`~autobatch.probe.command.Command`, which is started anew for each trial.
         device: ``"auto"`` (a GPU, else another accelerator, else host memory), a torch device, a Device, or the name
             of a virtual GPU such as ``"a100-40gb"``.
         state: what ``step(n)`` changes and the probe must put back.
@@ -124,6 +127,8 @@ def find(
         guess = recall.first_guess or first_guess
         found = probe.search(rounding | limits, first_guess=guess)
     result = probe.result(found, headroom, limit_bytes, time.monotonic() - started_s)
+    if isinstance(executor, CommandExecutor):
+        result = replace(result, notes=(*result.notes, *executor.notes()))
     if isinstance(executor, LocalExecutor) and isinstance(source, Workload) and not source.stateful:
         result = replace(result, notes=(*result.notes, NOT_RESTORED))
     recall.keep(result)
@@ -242,10 +247,10 @@ class _Probe:
             return self.suspects[size]
         device = self.setting.environment.get("device", "the device")
         what = f"{'an evaluation of ' if error.trial is not None and error.trial.mode == 'eval' else ''}batch {size}"
-        message = (
-            f"{what} does not fit on {device} in {format_bytes(self.capacity_bytes)}, of which the model alone "
-            f"holds {format_bytes(self.setting.held_bytes)}"
-        )
+        held_bytes = self.setting.held_bytes
+        message = f"{what} does not fit on {device} in {format_bytes(self.capacity_bytes)}"
+        if held_bytes is not None:
+            message += f", of which the model alone holds {format_bytes(held_bytes)}"
         if error.trial is not None and error.trial.message:
             message += f": {error.trial.message}"
         return DoesNotFitError(message, error.trial)
@@ -254,6 +259,14 @@ class _Probe:
 @contextmanager
 def _executor(source: Source, device: Device, isolate: bool | str) -> Iterator[Executor]:
     """The place of the trials; what the caller owns is put back when it is left."""
+    if isinstance(source, Command):
+        if isolate is False:
+            raise InvalidArgumentError(
+                "isolate", isolate, "True or 'auto' for a Command, which is a process of its own"
+            )
+        with closing(CommandExecutor(source, device)) as command:
+            yield command
+        return
     builder = builder_of(source)
     isolation = device.isolation()
     if isolation.required or isolate is True:

@@ -114,7 +114,7 @@ class Worker:
 
     def __init__(self, server: Server, answer_within_s: float) -> None:
         self._server, self._answer_within_s = server, answer_within_s
-        self._kills_before = _out_of_memory_kills()
+        self._kills_before = out_of_memory_kills()
         self._status: int | None = None
         self.has_tried = False
         self._pid, self._connection = server.fork()
@@ -159,7 +159,7 @@ class Worker:
     def _meaning(self, status: int) -> Tier | None:
         """What the worker's end says about memory: the kernel kills for lack of it, a limit makes code crash."""
         number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
-        killed_for_memory = _out_of_memory_kills() != self._kills_before
+        killed_for_memory = out_of_memory_kills() != self._kills_before
         exhausted = killed_for_memory if number == signal.SIGKILL else self._server.is_host
         return classify_exit(number, memory_exhausted=exhausted)
 
@@ -188,7 +188,7 @@ def _as_wait_status(returncode: int) -> int:
     return -returncode if returncode < 0 else returncode << 8
 
 
-def _out_of_memory_kills() -> int | None:
+def out_of_memory_kills() -> int | None:
     """How many processes the kernel has killed for lack of memory since it started; None where it does not say."""
     try:
         fields = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())

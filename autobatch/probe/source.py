@@ -9,11 +9,12 @@ from typing import Any
 
 from autobatch.device.base import Device
 from autobatch.errors import InvalidArgumentError
+from autobatch.probe.command import Command
 from autobatch.probe.worker import takes_device
 from autobatch.probe.workload import Workload
 
-Source = Workload | Callable[..., Any]
-"""A Workload of live objects, or a function without required arguments that builds one."""
+Source = Workload | Command | Callable[..., Any]
+"""A Workload of live objects, a function without required arguments that builds one, or a training command."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +42,12 @@ def source_of(workload: Any, state: Sequence[Any]) -> Source:
         if state:
             raise InvalidArgumentError("state", state, "empty for a Workload, which takes extra_state itself")
         return workload
+    if isinstance(workload, Command):
+        if state:
+            raise InvalidArgumentError("state", state, "empty for a Command, which has its state in its own processes")
+        return workload
     if not callable(workload):
-        raise InvalidArgumentError("workload", workload, "a Workload, a function that builds one, or step(n)")
+        raise InvalidArgumentError("workload", workload, "a Workload, a function that builds one, step(n) or a Command")
     if takes_device(workload) or not _required_parameters(workload):
         return workload  # type: ignore[no-any-return]
     return Workload.from_step(workload, state=state)
@@ -50,6 +55,8 @@ def source_of(workload: Any, state: Sequence[Any]) -> Source:
 
 def builder_of(source: Source) -> Callable[..., Any] | None:
     """What another process can call to have ``source``; None for live objects."""
+    if isinstance(source, Command):
+        return None
     if not isinstance(source, Workload):
         return source
     return None if source.step is None else StepBuilder(source.step)

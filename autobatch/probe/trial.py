@@ -43,7 +43,7 @@ class Attempt:
     suspect: BaseException | None = None
 
 
-class _Progress:
+class Progress:
     """What a run has done so far, kept outside the frames that a failure unwinds."""
 
     def __init__(self) -> None:
@@ -68,7 +68,7 @@ def run_trial(workload: Workload, device: Device, request: TrialRequest) -> Atte
 
 def _run_once(workload: Workload, device: Device, request: TrialRequest) -> tuple[Attempt, int | None]:
     """The attempt, and how many streams had memory when it ended."""
-    progress, failure, measured = _Progress(), None, None
+    progress, failure, measured = Progress(), None, None
     with device.restrict(request.limit_bytes) as restricted:
         device.reset_peaks()
         try:
@@ -87,7 +87,7 @@ def _run_once(workload: Workload, device: Device, request: TrialRequest) -> tupl
         raise failure
     if failure is not None and tier is Tier.FATAL:
         raise DeviceCorruptedError(f"batch {request.batch_size}: {first_line(failure)}") from failure
-    trial = _judge(request, progress, measured, tier, compare_peaks=not restricted)
+    trial = judge(request, progress, measured, tier, compare_peaks=not restricted)
     if failure is not None and not trial.message:
         trial = replace(trial, message=first_line(failure))
     return Attempt(trial=trial, suspect=failure if tier is Tier.SUSPECT else None), streams
@@ -100,7 +100,7 @@ def clean_up(workload: Workload, device: Device) -> None:
     device.release()
 
 
-def _run_steps(workload: Workload, device: Device, request: TrialRequest, progress: _Progress) -> None:
+def _run_steps(workload: Workload, device: Device, request: TrialRequest, progress: Progress) -> None:
     step = workload.eval_step if request.mode == "eval" else workload.train_step
     before = workload.eval_step if workload.mode == "eval" else workload.train_step
     for size in request.sizes_before:
@@ -123,14 +123,15 @@ def _samples(workload: Workload, request: TrialRequest) -> list[Batches | None]:
     return [*[shuffled] * request.steps, None]
 
 
-def _judge(
+def judge(
     request: TrialRequest,
-    progress: _Progress,
+    progress: Progress,
     measured: Measurement | None,
     tier: Tier | None,
     *,
     compare_peaks: bool,
 ) -> Trial:
+    """The trial that a run was: ``tier`` is what its error said about memory, None where it had none."""
     message, outcome = "", Outcome.FITS
     retries = _judged_retries(progress.retries)
     if measured is not None:

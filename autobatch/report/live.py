@@ -153,8 +153,14 @@ def closing_lines(result: BatchSizeResult) -> list[str]:
     return [
         *(f"Note: {note}" for note in result.notes),
         f"{result.conclusion}{evaluation}{withheld}. {effort}, {format_seconds(result.duration_s)}",
-        f"  Use it:  DataLoader(dataset, batch_size={size})  or  {usage}",
+        _use(result, f"DataLoader(dataset, batch_size={size})  or  {usage}"),
     ]
+
+
+def _use(result: BatchSizeResult, otherwise: str) -> str:
+    """How to use the answer: the command that was probed, with the number in it."""
+    usage = str(result.environment["workload"]) if "command" in result.environment else otherwise
+    return f"  Use it:  {usage.replace('{batch_size}', str(result.batch_size))}"
 
 
 def _count(number: int, noun: str) -> str:

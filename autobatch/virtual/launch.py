@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from autobatch.hook import REPORTS_VARIABLE, python_path
 from autobatch.virtual.attach import environment, temporary_state
 from autobatch.virtual.catalog import Card
 from autobatch.virtual.usage import ProcessUsage, read_usage
 
-_HOOK = Path(__file__).with_name("hook")
 _POLL_S = 0.5
 
 
@@ -35,17 +35,10 @@ def run_command(command: Sequence[str], cards: Sequence[Card]) -> RunReport:
         DeviceError: if the driver cannot be built.
     """
     with temporary_state(cards) as state_path, tempfile.TemporaryDirectory(dir=state_path.parent) as reports:
-        variables = environment(state_path) | _hook_variables(reports, os.environ)
+        hook = {REPORTS_VARIABLE: reports, "PYTHONPATH": python_path(os.environ)}
+        variables = environment(state_path) | hook
         exit_code = _in_foreground(list(command), {**os.environ, **variables})
         return RunReport(exit_code=exit_code, usage=read_usage(state_path, Path(reports)))
-
-
-def _hook_variables(reports: str, base: Mapping[str, str]) -> dict[str, str]:
-    theirs = base.get("PYTHONPATH")
-    return {
-        "AUTOBATCH_RUN_REPORTS": reports,
-        "PYTHONPATH": f"{_HOOK}{os.pathsep}{theirs}" if theirs else str(_HOOK),
-    }
 
 
 def _in_foreground(command: list[str], variables: Mapping[str, str]) -> int:

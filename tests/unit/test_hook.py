@@ -4,13 +4,12 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from autobatch.virtual import hook
+from autobatch import hook
 
-HOOK = Path(hook.__file__).parent
+HOOK = hook.START
 CUDA = """
 class Properties: uuid = "11111111-2222-3333-4444-555555555555"
 def is_initialized(): return {initialized}
@@ -111,3 +110,79 @@ def test_a_report_that_cannot_be_written_is_said_and_harms_nothing(python):
 def test_a_process_that_outlives_the_run_is_silent(python, tmp_path):
     done, _ = python("import torch.cuda", variables={"AUTOBATCH_RUN_REPORTS": str(tmp_path / "gone")})
     assert (done.returncode, done.stderr) == (0, "")
+
+
+TORCH = "import os; print(os.environ.get('PYTORCH_ALLOC_CONF'))"
+
+
+@pytest.fixture
+def trial(tmp_path):
+    """Runs a program as part of a trial, with a torch that only says what its allocator is told; gives the output."""
+    folder, modules = tmp_path / "trial", tmp_path / "modules"
+    (modules / "torch").mkdir(parents=True)
+    (modules / "torch" / "__init__.py").write_text(TORCH)
+    folder.mkdir()
+    os.mkfifo(folder / "alive")
+    (folder / "request.json").write_text(json.dumps({"fraction": 0.5, "kind": "cpu", "limit_bytes": None}))
+    reader = os.open(folder / "alive", os.O_RDONLY | os.O_NONBLOCK)
+    writer = os.open(folder / "alive", os.O_WRONLY)
+
+    def run(code, *, alive=True, **variables):
+        nonlocal writer
+        if not alive:
+            os.close(writer)
+            writer = None
+        path = os.pathsep.join([str(HOOK), str(modules)])
+        environment = os.environ | {"PYTHONPATH": path, "AUTOBATCH_TRIAL": str(folder)} | variables
+        command = [sys.executable, "-c", code]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+
+    run.folder = folder
+    yield run
+    os.close(reader)
+    if writer is not None:
+        os.close(writer)
+
+
+def test_a_process_of_a_trial_says_that_it_was_reached(trial):
+    assert trial("print(1)").stdout == "1\n"
+    (record,) = (json.loads(path.read_text()) for path in trial.folder.glob("[0-9]*.json"))
+    assert (record["steps"], record["done"]) == (0, False)
+
+
+def test_a_process_ends_where_nobody_holds_the_pipe_or_there_is_none(trial):
+    assert trial("import time; time.sleep(60)", alive=False).returncode == -9
+    assert trial("print(1)", AUTOBATCH_TRIAL=str(trial.folder / "gone")).stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("theirs", "told"),
+    [
+        ({}, "per_process_memory_fraction:0.5"),
+        (
+            {"PYTORCH_CUDA_ALLOC_CONF": "roundup_power2_divisions:[256:1,512:2],expandable_segments:True"},
+            "roundup_power2_divisions:[256:1,512:2],expandable_segments:True,per_process_memory_fraction:0.5",
+        ),
+        ({"PYTORCH_ALLOC_CONF": "per_process_memory_fraction:0.25"}, "per_process_memory_fraction:0.25"),
+    ],
+)
+def test_the_limit_is_added_to_what_the_command_tells_the_allocator_itself(trial, theirs, told):
+    # Also in the program itself, as late as may be; and a look for torch that imports nothing changes nothing.
+    code = f"import os, importlib.util; importlib.util.find_spec('torch'); os.environ.update({theirs!r}); import torch"
+    assert trial(code).stdout == told + "\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "tier"),
+    [
+        ("raise MemoryError('all gone')", "definite"),
+        ("raise KeyError('x') from RuntimeError('CUDA out of memory. Tried')", "definite"),
+        ("import sys; sys.excepthook = print; raise MemoryError", "definite"),
+        ("import sys\ntry: raise MemoryError\nexcept MemoryError: sys.exit(3)", "definite"),
+        ("raise ValueError('CUDA out of memory')", None),
+    ],
+)
+def test_the_exception_that_ends_a_process_is_classified_there(trial, code, tier):
+    trial(code)
+    (record,) = (json.loads(path.read_text()) for path in trial.folder.glob("[0-9]*.json"))
+    assert record["failure"]["tier"] == tier

@@ -1,14 +1,8 @@
-"""Runs in every Python process under ``autobatch run``: at its end, writes down what its own torch used.
-
-The interpreter imports this module at start-up, because its folder comes first on ``PYTHONPATH``. It must cost nothing
-where torch is not used and must hide nothing: a ``sitecustomize`` that it stands in front of runs too.
-"""
+"""Under ``autobatch run``: at its end, each process writes down what its own torch used."""
 
 from __future__ import annotations
 
 import atexit
-import importlib.machinery
-import importlib.util
 import json
 import os
 import sys
@@ -16,6 +10,10 @@ import sys
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any  # importing it would cost more than the rest of this module
+
+
+def start() -> None:
+    atexit.register(_write_usage)
 
 
 def _write_usage() -> None:
@@ -45,18 +43,3 @@ def _cards(cuda: Any) -> dict[str, Any]:
             "out_of_memory": stats.get("num_ooms"),
         }
     return cards
-
-
-def _run_hidden() -> None:
-    here = os.path.dirname(os.path.abspath(__file__))
-    others = [folder for folder in sys.path if os.path.abspath(folder) != here]
-    spec = importlib.machinery.PathFinder.find_spec("sitecustomize", others)
-    if spec is None or spec.loader is None:
-        return
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["sitecustomize"] = module
-    spec.loader.exec_module(module)
-
-
-atexit.register(_write_usage)
-_run_hidden()

@@ -1,0 +1,217 @@
+"""The training of one process of a trial: counts its steps, keeps its memory to the limit, measures it, and ends it.
+
+Attached to torch once that is imported, through torch's public hooks on optimizers and modules.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import time
+import weakref
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, NoReturn
+
+_BENCHMARKS = ("autotune", "benchmark", "select_algorithm", "triton_heuristics", "triton.testing")
+"""Parts of the names of modules that try kernels out and mean to survive what that runs into."""
+
+trial: Any = sys.modules.get("_autobatch_trial")  # which has loaded this module
+
+
+class _Training:
+    """What is known of this process's training."""
+
+    def __init__(self, torch: Any, request: dict[str, Any]) -> None:
+        self.torch, self.request = torch, request
+        self.began_s = time.perf_counter()
+        self.optimizer: weakref.ref[Any] | None = None
+        """The first that stepped: where several take turns, as in a GAN, its steps are the training's."""
+        self.out_of_memory = ""
+        """The last out-of-memory error since a step ended. One that a step follows was caught."""
+        self.limits: list[Any] = []
+        self.idle_resident_bytes: int | None = None
+        self.soft_limit_bytes: int | None = None
+
+
+_training: _Training | None = None
+
+
+def attach(torch: Any, request: dict[str, Any]) -> None:
+    global _training
+    _training = _Training(torch, request)
+    os.register_at_fork(after_in_child=lambda: attach_anew(torch, request))
+    optim = sys.modules["torch.optim.optimizer"]
+    optim.register_optimizer_step_post_hook(_stepped)
+    _notice_errors(torch)
+    if request["kind"] == "cpu" and request["limit_bytes"] is not None:
+        # The first forward pass: imports are done and the model is there. What is alive then counts as the workload's.
+        modules = sys.modules["torch.nn.modules.module"]
+        _training.limits.append(modules.register_module_forward_pre_hook(lambda module, inputs: _limit_host()))
+        _training.limits.append(optim.register_optimizer_step_pre_hook(lambda *arguments: _limit_host()))
+
+
+def attach_anew(torch: Any, request: dict[str, Any]) -> None:
+    """A fork trains by itself, if at all; the limit is inherited."""
+    global _training
+    limits, before = [], _training
+    if before is not None:
+        limits = before.limits
+    _training = _Training(torch, request)
+    _training.limits = limits
+
+
+def _stepped(optimizer: Any, args: Any, kwargs: Any) -> None:
+    state, record = _training, trial.record
+    if state is None:
+        return
+    if state.optimizer is None:
+        state.optimizer = weakref.ref(optimizer)
+    if state.optimizer() is not optimizer:
+        return
+    if state.out_of_memory and not record["done"]:
+        record.update(caught=state.out_of_memory, **measure())
+        _finish()
+    if not record["done"]:
+        _count(state, record)
+    if record["steps"] >= state.request["steps"]:
+        _finish()
+
+
+def _count(state: _Training, record: dict[str, Any]) -> None:
+    cuda = state.torch.cuda
+    if cuda.is_initialized():
+        cuda.synchronize()
+    now_s = time.perf_counter()
+    record.setdefault("step_times_s", []).append(now_s - state.began_s)
+    record.setdefault("retries", []).append(_retries(cuda))
+    record.update(steps=record["steps"] + 1, ranks=_ranks(state.torch), **measure())
+    state.began_s = now_s
+    trial.write()
+
+
+def _finish() -> NoReturn:
+    """Puts the measurement on disk and ends the command, again and again if the command goes on."""
+    state, record = _training, trial.record
+    assert state is not None
+    if not record["done"]:
+        record.update(done=True, samples=_samples(state.request["batch_size"]))
+        trial.write()
+    raise SystemExit(0)
+
+
+def _retries(cuda: Any) -> int | None:
+    if not cuda.is_initialized():
+        return None
+    return sum(int(cuda.memory_stats(index).get("num_alloc_retries", 0)) for index in range(cuda.device_count()))
+
+
+def _ranks(torch: Any) -> int:
+    """Processes that train together on this machine, this one included."""
+    local = os.environ.get("LOCAL_WORLD_SIZE", "")
+    if local.isdigit():
+        return int(local)
+    distributed = torch.distributed
+    return int(distributed.get_world_size()) if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def measure() -> dict[str, Any]:
+    """Peaks since the process began; on the host since its first forward pass. In bytes."""
+    state = _training
+    if state is None:
+        return {}
+    cuda = state.torch.cuda
+    if cuda.is_initialized():
+        index = max(range(cuda.device_count()), key=cuda.max_memory_reserved)
+        if cuda.max_memory_reserved(index):
+            free_bytes, total_bytes = cuda.mem_get_info(index)
+            return {
+                "device": f"cuda:{index}",
+                "peak_allocated_bytes": cuda.max_memory_allocated(index),
+                "peak_reserved_bytes": cuda.max_memory_reserved(index),
+                "device_used_bytes": total_bytes - free_bytes,
+                "fraction": cuda.get_per_process_memory_fraction(index),
+            }
+    resident_bytes = trial.load("device/process").status_bytes().get("VmHWM")
+    known = resident_bytes is not None and state.idle_resident_bytes is not None
+    return {"device": "cpu", "peak_allocated_bytes": resident_bytes - state.idle_resident_bytes if known else None}
+
+
+def _limit_host() -> None:
+    """Lets private data grow by the limit above that of an idle process, as HostDevice does; once."""
+    state = _training
+    if state is None:
+        return
+    for handle in state.limits:
+        handle.remove()
+    state.limits.clear()
+    if state.soft_limit_bytes is not None:
+        return
+    import resource
+
+    process = trial.load("device/process")
+    data_bytes, state.idle_resident_bytes = process.idle_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    wanted = data_bytes + state.request["limit_bytes"]
+    resource.setrlimit(resource.RLIMIT_DATA, (wanted if soft == resource.RLIM_INFINITY else min(wanted, soft), hard))
+    state.soft_limit_bytes = soft
+    try:
+        with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+            file.write("5")  # proc(5): resets VmHWM to what is resident now
+    except OSError:
+        state.idle_resident_bytes = None  # the peak of the imports cannot be told from one of the training
+
+
+def lift_limit() -> None:
+    state = _training
+    if state is not None and state.soft_limit_bytes is not None:
+        import resource
+
+        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        resource.setrlimit(resource.RLIMIT_DATA, (state.soft_limit_bytes, hard))
+
+
+def _notice_errors(torch: Any) -> None:
+    """Sees each ``torch.OutOfMemoryError`` that reaches Python: only then is one made.
+
+    Those that torch itself answers, such as a convolution plan's workspace that cannot be had, never do, although the
+    allocator counts them.
+    """
+    make = torch.OutOfMemoryError.__init__
+
+    def init(self: BaseException, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        if _training is not None and not _is_benchmark():
+            _training.out_of_memory = trial.load("device/oom").first_line(self)
+
+    torch.OutOfMemoryError.__init__ = init
+
+
+def _is_benchmark() -> bool:
+    frame: Any = sys._getframe()
+    while frame is not None:
+        name = str(frame.f_globals.get("__name__", ""))
+        if name.startswith(("torch.", "triton.")) and any(part in name for part in _BENCHMARKS):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _samples(batch_size: int) -> int | None:
+    """The samples of the largest data set that is loaded in batches of ``batch_size``, a rank's share of it."""
+    loaders = sys.modules.get("torch.utils.data")
+    if loaders is None:
+        return None
+    things = gc.get_objects()
+    kinds = {kind for kind in set(map(type, things)) if issubclass(kind, loaders.DataLoader)}
+    counts = []
+    for loader in (thing for thing in things if type(thing) in kinds):
+        batches = loader.batch_sampler
+        try:
+            if getattr(batches, "batch_size", loader.batch_size) == batch_size:
+                counts.append(len(getattr(batches, "sampler", loader.sampler)))
+        except (AttributeError, TypeError):  # a stream of unknown length
+            continue
+    return max(counts, default=None)

@@ -1,0 +1,182 @@
+"""Trials of a training command: every one a fresh start of it, on a GPU, a virtual GPU or host memory."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+from autobatch.device.base import Device
+from autobatch.device.fraction import fraction_of
+from autobatch.errors import InvalidArgumentError
+from autobatch.hook import TRIAL_VARIABLE, python_path
+from autobatch.probe.command import Command, tracker_variables
+from autobatch.probe.command_run import Ending, Trace, run
+from autobatch.probe.command_verdict import SHRANK, attempt_of
+from autobatch.probe.executor import Setting, describe
+from autobatch.probe.isolation import ChildExecutor
+from autobatch.probe.processes import out_of_memory_kills
+from autobatch.probe.signature import Signature
+from autobatch.probe.trial import Attempt, TrialRequest
+from autobatch.probe.workload import Workload
+
+_PER_PROCESS = "The limit on host memory holds for each process of the command, not for all of them together."
+_ONE_HISTORY = "A command can be confirmed after a fresh start alone: smaller batches before it cannot be asked of it."
+
+
+class CommandExecutor:
+    """Runs ``command`` once for each trial and confirmation.
+
+    Raises:
+        InvalidArgumentError: if the device is none that a command can be measured on.
+    """
+
+    def __init__(self, command: Command, device: Device) -> None:
+        self._kind = device.torch_device.partition(":")[0]
+        if self._kind not in ("cuda", "cpu") or sys.platform != "linux":
+            raise InvalidArgumentError(
+                "device", device.torch_device, "a GPU of torch.cuda or 'cpu', on Linux, for a command"
+            )
+        self._command, self._device = command, device
+        self._isolation = device.isolation()
+        self._setting: Setting | None = None
+        self._fraction: float | None = None
+        self._log = command.log or _new_log()
+        try:
+            self._log.open("ab").close()
+        except OSError as exc:
+            raise InvalidArgumentError("log", str(self._log), f"a file that can be written ({exc.strerror})") from exc
+        self._fitted: set[int] = set()
+        self._noticed: dict[str, None] = {}
+
+    def setting(self) -> Setting:
+        if self._setting is None:
+            found = self._host_setting() if self._kind == "cpu" else self._gpu_setting()
+            environment = {**found.environment, "command": list(self._command.words), "log": str(self._log)}
+            self._setting = replace(found, held_bytes=None, name=self._command.title, environment=environment)
+        return self._setting
+
+    def run(self, request: TrialRequest) -> Attempt:
+        started_s, kills = time.monotonic(), out_of_memory_kills()
+        ending = self._run(request)
+        attempt = attempt_of(
+            request,
+            ending,
+            kind=self._kind,
+            killed=out_of_memory_kills() != kills,
+            smaller_fitted=any(size < request.batch_size for size in self._fitted),
+        )
+        self._note(attempt, ending)
+        return replace(attempt, trial=replace(attempt.trial, duration_s=time.monotonic() - started_s))
+
+    def confirm(self, requests: tuple[TrialRequest, ...]) -> list[Attempt]:
+        return [self.run(request) for request in requests[:1]]
+
+    def signature(self, batch_size: int) -> Signature:
+        return Signature(text=None, reason="nothing tells what a command does from its words")
+
+    def close(self) -> None:
+        """Nothing is left: each trial ended what it started."""
+
+    def notes(self) -> tuple[str, ...]:
+        """What to know of the answer, in sentences."""
+        per_process = (_PER_PROCESS,) if self._kind == "cpu" else ()
+        log = f"The command's output is in {self._log}."
+        return (*self._noticed, *self._command.warnings(), *per_process, _ONE_HISTORY, log)
+
+    def _run(self, request: TrialRequest) -> Ending:
+        with tempfile.TemporaryDirectory(prefix="autobatch-trial-", ignore_cleanup_errors=True) as name:
+            folder, scratch = Path(name), Path(name, "scratch")
+            scratch.mkdir()
+            words = self._command.filled(request.batch_size, scratch)
+            told = self._told(request)
+            self._fraction = told["fraction"]
+            (folder / "request.json").write_text(json.dumps(told), encoding="utf-8")
+            with open(self._log, "ab") as log:
+                history = f", confirming after {request.history}" if request.history else ""
+                log.write(f"=== batch {request.batch_size}{history}: {' '.join(words)}\n".encode())
+                log.flush()
+                trace = Trace(folder, log, self._command.verbose)
+                try:
+                    return run(words, self._variables(folder), trace, step_within_s=self._command.step_within_s)
+                except OSError as exc:
+                    raise InvalidArgumentError(
+                        "command", self._command.title, f"one that can be run: {exc.strerror or exc}"
+                    ) from exc
+
+    def _told(self, request: TrialRequest) -> dict[str, Any]:
+        """What the hook is to do."""
+        fraction = None
+        if self._kind == "cuda" and request.limit_bytes is not None:
+            fraction = fraction_of(request.limit_bytes, int(self.setting().environment["total_bytes"]))
+        return {
+            "batch_size": request.batch_size,
+            "steps": request.steps,
+            "kind": self._kind,
+            "limit_bytes": request.limit_bytes,
+            "fraction": fraction,
+        }
+
+    def _variables(self, folder: Path) -> Mapping[str, str]:
+        variables = {
+            **os.environ,
+            **self._isolation.environment,
+            **tracker_variables(folder / "scratch"),
+            "PYTHONPATH": python_path(os.environ),
+            "PYTHONUNBUFFERED": "1",  # what is said before a process is lost must not be lost with it
+            TRIAL_VARIABLE: str(folder),
+        }
+        # What chooses its device by itself must choose this one.
+        if self._kind == "cpu":
+            variables["CUDA_VISIBLE_DEVICES"] = ""
+        elif (index := int(self._device.torch_device.partition(":")[2] or 0)) > 0:
+            seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+            variables["CUDA_VISIBLE_DEVICES"] = seen[index] if index < len(seen) else str(index)
+        return variables
+
+    def _gpu_setting(self) -> Setting:
+        # In a process of its own, which ends: one of this process would hold memory of the GPU from here on.
+        with closing(ChildExecutor(_idle, self._isolation)) as child:
+            return child.setting()
+
+    def _host_setting(self) -> Setting:
+        budget_bytes = self._isolation.memory_limit_bytes
+        with self._device.restrict(budget_bytes):  # says so where a limit is not kept
+            environment = describe(self._device)
+        return Setting(budget_bytes=budget_bytes, held_bytes=None, mode="train", name="", environment=environment)
+
+    def _note(self, attempt: Attempt, ending: Ending) -> None:
+        trial = attempt.trial
+        if trial.fits:
+            self._fitted.add(trial.batch_size)
+        elif SHRANK in trial.message:
+            self._noticed[f"At a batch of {trial.batch_size}: {trial.message}."] = None
+        allowed = self._fraction
+        if allowed is not None and any(record.get("fraction", 0) > 1.001 * allowed for record in ending.records):
+            self._noticed["The command sets a memory fraction of its own, so the headroom was not withheld."] = None
+
+
+def _idle() -> Workload:
+    return Workload.from_step(lambda size: None)
+
+
+def _new_log() -> Path:
+    """A new file in the user's folder for logs, or where that cannot be written, in the one for temporary files."""
+    name = time.strftime(f"probe-%Y%m%d-%H%M%S-{os.getpid()}.log")
+    with contextlib.suppress(OSError):
+        path = platformdirs.user_log_path("autobatch", ensure_exists=True) / name
+        path.touch(exist_ok=False)
+        return path
+    descriptor, path_text = tempfile.mkstemp(prefix="autobatch-", suffix=".log")
+    os.close(descriptor)
+    return Path(path_text)

@@ -1,0 +1,125 @@
+"""What a run of a command means: from what its processes told, and how it ended, to an attempt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NoReturn
+
+from autobatch.device.oom import Tier, classify_exit
+from autobatch.errors import DeviceCorruptedError, WorkloadFailedError
+from autobatch.probe.command_run import Ending
+from autobatch.probe.trial import Attempt, Progress, TrialRequest, judge
+from autobatch.result import Measurement, Outcome, Trial
+
+SHRANK = "the command caught it and went on: its own batch shrank"
+
+_NOT_REACHED = (
+    "autobatch reached no Python process of the command: is there a flag -I, -E or -S, an `env -i`, or no Python in it?"
+)
+_WORST_FIRST = (Outcome.OOM, Outcome.LIMIT, Outcome.OVER_HEADROOM, Outcome.THRASHED, Outcome.FITS)
+
+Record = Mapping[str, Any]
+
+
+def attempt_of(request: TrialRequest, ending: Ending, *, kind: str, killed: bool, smaller_fitted: bool) -> Attempt:
+    """The attempt that ``ending`` was. Of several ranks, the worst decides.
+
+    Args:
+        kind: where it was to train: ``"cuda"`` or ``"cpu"``.
+        killed: whether the kernel killed a process for lack of memory in the meantime.
+        smaller_fitted: whether a smaller size has made its steps.
+
+    Raises:
+        WorkloadFailedError: if the command failed for a reason that is not memory, or made no step.
+        DeviceCorruptedError: if the device's context broke.
+    """
+    failures = [record["failure"] for record in ending.records if record.get("failure", {}).get("tier")]
+    worst = min((Tier(failure["tier"]) for failure in failures), key=list(Tier).index, default=None)
+    if worst is not None:
+        message = next(failure["message"] for failure in failures if failure["tier"] == worst.value)
+        return _failed(request, ending, worst, message)
+    caught = next((record["caught"] for record in ending.records if "caught" in record), None)
+    if caught is not None:
+        return _failed(request, ending, Tier.DEFINITE, f"{caught}: {SHRANK}")
+    lost = [record for record in ending.records if record["steps"] and not record["done"]]
+    trained = [record for record in ending.records if record["steps"]]
+    is_whole = bool(trained) and len(trained) >= max(record["ranks"] for record in trained)
+    if not is_whole or (lost and ending.code != 0):
+        return _without_measurement(request, ending, kind=kind, killed=killed, smaller_fitted=smaller_fitted)
+    return _measured(request, ending, trained, kind)
+
+
+def _measured(request: TrialRequest, ending: Ending, trained: list[Record], kind: str) -> Attempt:
+    if kind == "cuda" and not any(str(record["device"]).startswith("cuda") for record in trained):
+        _fail(request, ending, "it trained on the CPU, not on the GPU: say on its command line where it should")
+    shares = [record["samples"] for record in trained if record.get("samples") is not None]
+    if shares and max(shares) < request.batch_size:
+        message = f"its data set has only {max(shares)} samples"
+        return Attempt(trial=_trial(request, trained, Tier.LIMIT, message))
+    return Attempt(trial=_trial(request, trained, None, ""))
+
+
+def _without_measurement(
+    request: TrialRequest, ending: Ending, *, kind: str, killed: bool, smaller_fitted: bool
+) -> Attempt:
+    """What it means that a run ended before it was measured, with no error that says so."""
+    number = -ending.code if ending.code is not None and ending.code < 0 else 0
+    tier = classify_exit(number or 9 * killed, memory_exhausted=killed or (kind == "cpu" and number != 9))
+    if tier is not None:
+        return _failed(request, ending, tier, f"a process of the command was killed by signal {number or 9}")
+    if ending.silent:
+        made = max((record["steps"] for record in ending.records), default=0)
+        _fail(request, ending, f"it made {'no further' if made else 'no'} optimizer step within its time")
+    if not ending.records:
+        _fail(request, ending, _NOT_REACHED)
+    if ending.code == 0 and smaller_fitted:
+        message = "it ended without a step, as one does whose data set is smaller than the batch"
+        return Attempt(trial=_trial(request, [], Tier.LIMIT, message))
+    told = [record["failure"] for record in ending.records if "failure" in record]
+    reason = f": {told[0]['type']}: {told[0]['message']}" if told else ""
+    if any(record["steps"] for record in ending.records):
+        _fail(request, ending, f"a process of it was lost after some steps{reason}")
+    if ending.code == 0:
+        _fail(request, ending, "it ended, with exit code 0, before any optimizer step")
+    _fail(request, ending, f"it ended with exit code {ending.code} before any optimizer step{reason}")
+
+
+def _failed(request: TrialRequest, ending: Ending, tier: Tier, message: str) -> Attempt:
+    if tier is Tier.FATAL:
+        raise DeviceCorruptedError(f"batch {request.batch_size}: {message}")
+    trial = _trial(request, list(ending.records), tier, message)
+    suspect = WorkloadFailedError(message, request.batch_size, ending.tail) if tier is Tier.SUSPECT else None
+    return Attempt(trial=trial, suspect=suspect)
+
+
+def _fail(request: TrialRequest, ending: Ending, message: str) -> NoReturn:
+    raise WorkloadFailedError(
+        f"batch {request.batch_size}: {message}. Its whole output is in {ending.log}", request.batch_size, ending.tail
+    )
+
+
+def _trial(request: TrialRequest, records: list[Record], tier: Tier | None, message: str) -> Trial:
+    trials = [_judged(request, record, tier) for record in records if "device" in record]
+    trials = trials or [judge(request, Progress(), None, tier, compare_peaks=False)]
+    worst = min(trials, key=lambda trial: _WORST_FIRST.index(trial.outcome))
+    peaks = [trial.measurement for trial in trials if trial.measurement is not None]
+    measured = max(peaks, key=lambda peak: peak.peak_allocated_bytes or 0, default=None)
+    return replace(worst, measurement=measured, message=message or worst.message)
+
+
+def _judged(request: TrialRequest, record: Record, tier: Tier | None) -> Trial:
+    progress = Progress()
+    progress.step_times_s = record.get("step_times_s", [])
+    progress.retries = record.get("retries", [])
+    measured = Measurement(
+        peak_allocated_bytes=record.get("peak_allocated_bytes"),
+        peak_reserved_bytes=record.get("peak_reserved_bytes"),
+        device_used_bytes=record.get("device_used_bytes"),
+        capacity_bytes=request.limit_bytes,
+    )
+    trial = judge(request, progress, measured, tier, compare_peaks=False)
+    if len(progress.step_times_s) < 2 and trial.measurement is not None:
+        # The first step is counted from the start of the process.
+        trial = replace(trial, measurement=replace(trial.measurement, step_time_s=None))
+    return trial

@@ -1,0 +1,95 @@
+"""Scripts that behave as one would rather not see: ``odd.py HOW BATCH_SIZE``."""
+
+import os
+import subprocess
+import sys
+import time
+
+import torch
+from torch import nn
+
+how, batch_size = sys.argv[1], int(sys.argv[2])
+device = "cuda" if torch.cuda.is_available() else "cpu"
+KIB_A_SAMPLE = 1024
+
+
+def step(model, optimizer, n):
+    (torch.zeros(n, KIB_A_SAMPLE * 256, device=device) * model.weight).mean().backward()
+    optimizer.step()
+
+
+def train(_rank=0, n=batch_size, steps=100):
+    model = nn.Linear(1, 1, bias=False).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    for _ in range(steps):
+        step(model, optimizer, n)
+        time.sleep(0.01)
+
+
+def swallow():
+    while True:
+        try:
+            train()
+        except:  # noqa: E722 - that is the point
+            print("went on", flush=True)
+
+
+def shrink():
+    n = batch_size
+    while True:
+        try:
+            return train(n=n)
+        except torch.OutOfMemoryError:
+            n //= 2
+
+
+def give_up():
+    try:
+        train()
+    except RuntimeError:
+        print("too large")
+        sys.exit(1)
+
+
+def raise_key_error():
+    if batch_size > 2:
+        raise KeyError("column 7")
+    train()
+
+
+def leave_a_child():
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+    print("child started", flush=True)
+    train(steps=100_000)
+
+
+def spawn():
+    torch.multiprocessing.spawn(train, nprocs=1)
+
+
+def gan():
+    models = [nn.Linear(1, 1, bias=False).to(device) for _ in range(2)]
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.0) for model in models]
+    for turn in range(100):
+        print("turn", turn, flush=True)
+        for model, optimizer in zip(models, optimizers, strict=True):
+            step(model, optimizer, batch_size)
+
+
+HOWS = {
+    "train": train,
+    "swallow": swallow,
+    "shrink": shrink,
+    "give_up": give_up,
+    "key_error": raise_key_error,
+    "hang": lambda: time.sleep(600),
+    "leave": lambda: None,
+    "two_steps": lambda: train(steps=2),
+    "leave_a_child": leave_a_child,
+    "spawn": spawn,
+    "gan": gan,
+    "kill": lambda: os.kill(os.getpid(), 9),
+}
+
+if __name__ == "__main__":
+    HOWS[how]()

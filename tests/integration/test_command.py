@@ -1,0 +1,216 @@
+"""Training commands for real, unedited: on host memory, on GPUs that are not there, under the usual launchers."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from click.testing import CliRunner
+
+from autobatch import BatchSizeResult, Command, Outcome, VirtualGPU, Workload, WorkloadFailedError, find
+from autobatch.cli import main
+from autobatch.device.host import HostDevice
+from autobatch.probe import command_run
+from autobatch.probe.command_executor import CommandExecutor
+from autobatch.probe.command_verdict import SHRANK
+from autobatch.probe.trial import Attempt, TrialRequest
+from autobatch.units import MIB
+
+SCRIPTS = Path(__file__).parents[1] / "commands"
+sys.path.append(str(SCRIPTS))  # as scripts they import one another
+
+import plain  # noqa: E402
+import with_transformers  # noqa: E402
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="host memory and virtual GPUs are Linux's")
+
+BIN = Path(sys.executable).parent
+CARD = "memory=2GiB,capability=8.0"
+ODD = [sys.executable, str(SCRIPTS / "odd.py")]
+SIZES = ["--batch-size", "{batch_size}", "--out", "{scratch}"]
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    return tmp_path / "log"
+
+
+def attempt(words: list[str], log: Path, size: int = 2, *, device: Any = None, **options: Any) -> Attempt:
+    """One trial of two steps; nothing is left of it."""
+    place = device or HostDevice(memory_limit_bytes=256 * MIB)
+    before = set(psutil.Process().children(recursive=True))
+    with closing(CommandExecutor(Command(words, log=log, **options), place)) as executor:
+        done = executor.run(TrialRequest(batch_size=size, steps=2, limit_bytes=256 * MIB))
+    assert not set(psutil.Process().children(recursive=True)) - before
+    return done
+
+
+class TestEndings:
+    def test_a_run_is_measured_and_leaves_after_its_steps(self, log):
+        trial = attempt([*ODD, "train", "{batch_size}"], log, 4).trial
+        assert (trial.outcome, trial.steps) == (Outcome.FITS, 2)
+        assert trial.measurement.peak_allocated_bytes > 2 * MIB
+        assert f"=== batch 4: {sys.executable} {ODD[1]} train 4" in log.read_text()
+
+    @pytest.mark.parametrize("how", ["train", pytest.param("give_up", marks=pytest.mark.slow)])
+    def test_out_of_memory_is_known_by_the_exception_caught_or_not(self, log, how):
+        trial = attempt([*ODD, how, "{batch_size}"], log, 400).trial
+        assert trial.outcome is Outcome.OOM
+        assert "DefaultCPUAllocator: can't allocate memory" in trial.message
+
+    @pytest.mark.slow
+    def test_fewer_steps_than_asked_are_a_fit(self, log):
+        with closing(CommandExecutor(Command([*ODD, "two_steps", "{batch_size}"], log=log), HostDevice())) as executor:
+            assert executor.run(TrialRequest(batch_size=2, steps=3)).trial.steps == 2
+
+    @pytest.mark.slow
+    def test_two_optimizers_that_take_turns_are_one_step(self, log):
+        assert attempt([*ODD, "gan", "{batch_size}"], log).trial.fits
+        assert log.read_text().count("turn") == 2
+
+    @pytest.mark.parametrize(
+        ("how", "said"),
+        [
+            ("leave", "exit code 0, before any optimizer step"),
+            ("key_error", "KeyError: 'column 7'"),
+            ("kill", "exit code -9"),
+        ],
+    )
+    def test_what_is_not_memory_ends_the_search_with_its_last_lines(self, log, how, said):
+        with pytest.raises(WorkloadFailedError, match=said) as caught:
+            attempt([*ODD, how, "{batch_size}"], log, 3)
+        assert str(log) in str(caught.value)
+        if how == "key_error":
+            assert caught.value.traceback_text.endswith("KeyError: 'column 7'")
+
+    def test_a_command_that_reaches_no_step_is_given_up(self, log):
+        with pytest.raises(WorkloadFailedError, match="no optimizer step within"):
+            attempt([*ODD, "hang", "{batch_size}"], log, step_within_s=8)
+
+    def test_a_script_whose_own_first_line_keeps_us_out_is_told_so(self, log, tmp_path):
+        script = tmp_path / "train"
+        script.write_text(f"#!{sys.executable} -I\n")
+        script.chmod(0o755)
+        with pytest.raises(WorkloadFailedError, match="a flag -I, -E or -S"):
+            attempt([str(script), "{batch_size}"], log)
+
+    def test_a_script_that_swallows_the_exit_is_ended_all_the_same(self, log, monkeypatch):
+        monkeypatch.setattr(command_run, "LEAVE_WITHIN_S", 0.5)
+        monkeypatch.setattr(command_run, "TERM_WITHIN_S", 0.5)
+        assert attempt([*ODD, "swallow", "{batch_size}"], log).trial.fits
+        assert "went on" in log.read_text()
+
+    @pytest.mark.slow
+    def test_each_trial_has_a_folder_of_its_own_that_goes_with_it(self, log):
+        shell = 'echo "in: $(ls -A "$0")"; touch "$0/mine"; exec "$@"'
+        words = ["sh", "-c", shell, "{scratch}", *ODD, "train", "{batch_size}"]
+        for _ in range(2):
+            assert attempt(words, log).trial.fits
+        assert [line for line in log.read_text().splitlines() if line.startswith("in:")] == ["in: ", "in: "]
+
+    def test_output_is_shown_as_it_comes_if_asked(self, log, capsys):
+        attempt([*ODD, "gan", "{batch_size}"], log, verbose=True)
+        assert "turn 0\n" in capsys.readouterr().err
+
+    def test_killing_the_prober_ends_what_its_command_started(self, log):
+        words = [*ODD, "leave_a_child", "{batch_size}"]
+        code = (
+            "from autobatch import Command, find\n"
+            f"find(Command({words!r}, log={str(log)!r}), device='cpu', steps=100000)\n"
+        )
+        prober = subprocess.Popen([sys.executable, "-c", code])
+        deadline_s = time.monotonic() + 60
+        while not (log.exists() and "child started" in log.read_text()) and time.monotonic() < deadline_s:
+            time.sleep(0.05)
+        left = psutil.Process(prober.pid).children(recursive=True)
+        prober.send_signal(signal.SIGKILL)
+        prober.wait()
+        assert len(left) == 2  # the command, and the child in a session of its own
+        _, alive = psutil.wait_procs(left, timeout=10)
+        assert not alive
+
+
+def test_on_a_virtual_gpu_a_shrinking_batch_is_no_fit(log):
+    """Catches the error, halves its own batch and goes on."""
+    command = Command([*ODD, "shrink", "{batch_size}", "{scratch}"], log=log)
+    result = find(command, device="memory=1GiB,capability=8.0", start=256, multiple_of="pow2", max_batch_size=512)
+    assert (result.batch_size, result.smallest_failure) == (256, 512)
+    assert any(SHRANK in note for note in result.notes)
+    assert str(log) in result.environment["log"]
+
+
+def test_from_the_shell_with_its_exit_codes(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    options = ["probe", "--device", "cpu", "--memory-limit", "256MiB", "--start", "2", "--max-batch-size", "2"]
+    path = tmp_path / "result.json"
+    done = CliRunner().invoke(main, [*options, "--json", str(path), "--", *ODD, "train", "{batch_size}"])
+    assert done.exit_code == 0, done.output
+    assert f"  Use it:  {' '.join(ODD)} train 2" in done.stdout
+    assert "say {scratch}" in done.stdout
+    assert "holds for each process" in done.stdout
+    result = BatchSizeResult.from_json(path.read_text())
+    assert Path(result.environment["log"]).is_relative_to(tmp_path)
+    assert [trial.history for trial in result.confirmation] == ["a fresh start"]
+
+
+def test_exit_code_4_from_the_shell_with_the_command_s_own_last_lines(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    code = "import sys; print('about', sys.argv[1]); raise KeyError('column 7')"
+    done = CliRunner().invoke(main, ["probe", "--device", "cpu", "--", sys.executable, "-c", code, "{batch_size}"])
+    assert done.exit_code == 4
+    assert "about 1\n" in done.stderr
+    assert "KeyError: 'column 7'" in done.stderr.splitlines()[-1]
+
+
+def test_a_data_set_that_ends_is_no_larger_batch(log):
+    words = [sys.executable, str(SCRIPTS / "plain.py"), *SIZES, "--samples", "100", "--features", "8"]
+    trial = attempt(words, log, 128).trial
+    assert (trial.outcome, trial.message) == (Outcome.LIMIT, "its data set has only 100 samples")
+
+
+def build_plain(device: str) -> Workload:
+    model = plain.model_of(1024, device)
+
+    def sample(n: int) -> Any:
+        return torch.zeros(n, 1024), torch.zeros(n, dtype=torch.long)
+
+    return Workload(model, torch.optim.AdamW(model.parameters()), torch.nn.functional.cross_entropy, sample)
+
+
+def build_gpt2(device: str) -> Workload:
+    model = with_transformers.gpt2().to(device)
+
+    def sample(n: int) -> Any:
+        ids = torch.zeros(n, with_transformers.TOKENS, dtype=torch.long)
+        return {"input_ids": ids, "labels": ids}
+
+    return Workload(model, torch.optim.AdamW(model.parameters(), fused=True), sample=sample, max_grad_norm=1.0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("words", "build", "ranks"),
+    [
+        ([sys.executable, SCRIPTS / "plain.py", "--workers", "2"], build_plain, 1),
+        ([BIN / "torchrun", "--standalone", "--nproc-per-node", "2", SCRIPTS / "ranks.py"], build_plain, 2),
+        ([BIN / "accelerate", "launch", SCRIPTS / "accelerated.py"], build_plain, 1),
+        ([sys.executable, SCRIPTS / "with_lightning.py"], build_plain, 1),
+        ([sys.executable, SCRIPTS / "with_transformers.py"], build_gpt2, 1),
+    ],
+    ids=["plain", "torchrun", "accelerate", "lightning", "transformers"],
+)
+def test_the_answer_is_that_of_the_same_step_in_process(words, build, ranks, log):
+    here = find(build, device=CARD)
+    start = here.batch_size * 3 // 4
+    command = Command([*map(str, words), *SIZES], log=log)
+    found = find(command, device=VirtualGPU(CARD, count=ranks), start=start)
+    assert found.batch_size == pytest.approx(here.batch_size, rel=0.02)
