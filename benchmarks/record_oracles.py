@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from autobatch.probe.finder import CONFIRM_STEPS
+from autobatch.probe.inquiry import CONFIRM_STEPS
 from autobatch.probe.isolation import ChildExecutor
 from autobatch.probe.rounding import Rounding
 from autobatch.probe.trial import TrialRequest

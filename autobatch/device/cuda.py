@@ -51,13 +51,15 @@ class CudaDevice:
         free_bytes, total_bytes = torch.cuda.mem_get_info(self._index)
         kind = "rocm" if torch.version.hip else "cuda"
         seen = nvml.find_gpu(str(properties.uuid)) if kind == "cuda" else None
+        known = seen or DeviceInfo(name=properties.name, kind=kind, uuid=str(properties.uuid))
         return replace(
-            seen or DeviceInfo(name=properties.name, kind=kind, uuid=str(properties.uuid)),
+            known,
             index=self._index,
             total_bytes=total_bytes,
             free_bytes=free_bytes,
             capability=f"{properties.major}.{properties.minor}",
             virtual=_is_virtual(),
+            details={**known.details, "multiprocessors": properties.multi_processor_count},
         )
 
     def isolation(self) -> Isolation:

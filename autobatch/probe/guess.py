@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import closing
-from typing import Any
 
 from autobatch.device.base import DeviceInfo
 from autobatch.errors import AutobatchError
+from autobatch.probe.command import Command
+from autobatch.probe.command_executor import CommandExecutor
 from autobatch.probe.executor import Executor
-from autobatch.probe.isolation import ChildExecutor
+from autobatch.probe.isolation import ChildExecutor, is_importable
+from autobatch.probe.source import Source, builder_of
 from autobatch.virtual.device import VirtualGPU
 from autobatch.virtual.host import check_host
 
@@ -37,15 +39,27 @@ def twin_of(info: DeviceInfo, budget_bytes: int | None) -> str | None:
     return f"memory={budget_bytes}B,capability={info.capability},outside=0{sms}"
 
 
-def virtual_guess(builder: Callable[..., Any], card: str, search: Callable[[Executor], int]) -> tuple[int | None, str]:
-    """What ``search`` answers on the virtual ``card``, and a sentence about it. None if it comes to no answer.
+def virtual_guess(source: Source, card: str, search: Callable[[Executor], int]) -> tuple[int | None, str]:
+    """What ``search`` answers on the virtual ``card``, and a sentence about it. None if it comes to no answer, and no
+    sentence if ``source`` cannot be had in another process.
 
     Whatever goes wrong there is no error of the caller's: the real GPU has the last word.
     """
+    device = VirtualGPU(card)  # as long as it is there, so is the card
     try:
-        device = VirtualGPU(card)  # as long as it is there, so is the card
-        with closing(ChildExecutor(builder, device.isolation())) as executor:
+        if (executor := _there(source, device)) is None:
+            return None, ""
+        with closing(executor):
             guess = search(executor)
     except Exception as exc:  # noqa: BLE001 - a workload may fail in any way where all values are zero
         return None, f"A virtual GPU could not be asked for a first guess ({type(exc).__name__})."
     return guess, f"The search began at {guess}, the answer of a virtual GPU of the same size."
+
+
+def _there(source: Source, device: VirtualGPU) -> Executor | None:
+    if isinstance(source, Command):
+        return CommandExecutor(source, device)
+    builder = builder_of(source)
+    if builder is None or not is_importable(builder):
+        return None
+    return ChildExecutor(builder, device.isolation())

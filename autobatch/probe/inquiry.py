@@ -1,0 +1,182 @@
+"""One question to one place: a search and its confirmation, from the requests they make to the result."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from autobatch.errors import DoesNotFitError
+from autobatch.probe.advice import fragmentation_notes
+from autobatch.probe.data import search_within
+from autobatch.probe.executor import Executor, Setting
+from autobatch.probe.search import SearchAnswer
+from autobatch.probe.trial import Attempt, TrialRequest
+from autobatch.result import BatchSizeResult, Trial
+from autobatch.units import format_bytes
+
+CONFIRM_STEPS = 20
+"""Steps of a confirming run: enough to meet failures that come late, in the second step or in a later one."""
+
+SHUFFLES, SHUFFLES_AT_THE_EDGE = 8, 20
+"""Shuffled orders that an answer must survive where samples are of different lengths. Without headroom no margin covers
+an order that was not tried."""
+
+
+@dataclass(kw_only=True)
+class Inquiry:
+    """One call of find(), once its device and its workload are there."""
+
+    executor: Executor
+    setting: Setting
+    steps: int
+    shuffles: int
+    capacity_bytes: int | None
+    is_restricted: bool
+    on_trial: Callable[[Trial], None] | None
+    trials: list[Trial] = field(default_factory=list)
+    confirmation: list[Trial] = field(default_factory=list)
+    suspects: dict[int, BaseException] = field(default_factory=dict)
+    checked: dict[tuple[int, str], Attempt] = field(default_factory=dict)
+    """By size and mode: trials of a remembered answer, which the search need not repeat."""
+    trained: int | None = None
+    """The batch that training takes, where evaluation comes amid it."""
+
+    def elsewhere(self, executor: Executor) -> Inquiry:
+        """The same question to another place, with nothing asked yet and nobody told."""
+        return Inquiry(
+            executor=executor,
+            setting=executor.setting(),
+            steps=self.steps,
+            shuffles=self.shuffles,
+            capacity_bytes=self.capacity_bytes,
+            is_restricted=self.is_restricted,
+            on_trial=None,
+        )
+
+    def search(self, options: dict[str, Any], *, first_guess: int | None) -> dict[str, SearchAnswer]:
+        """An answer for each mode of the workload. Evaluation comes second, for training is what it runs amid."""
+        answers: dict[str, SearchAnswer] = {}
+        for mode in ("train", "eval") if self.setting.mode == "both" else (self.setting.mode,):
+            self.suspects.clear()
+            self.trained = answers["train"].batch_size if answers else None
+            try:
+                answers[mode] = search_within(
+                    self.setting.data.get(mode),
+                    lambda size, mode=mode: self._ask(size, mode),  # type: ignore[misc]
+                    lambda size, mode=mode: self._confirm(size, mode),  # type: ignore[misc]
+                    capacity_bytes=self.capacity_bytes,
+                    first_guess=self.trained or first_guess,
+                    **options,
+                )
+            except DoesNotFitError as error:
+                raise self._explained(error) from None
+        return answers
+
+    def result(
+        self, answers: dict[str, SearchAnswer], headroom: float, limit_bytes: int | None, duration_s: float
+    ) -> BatchSizeResult:
+        answer = next(iter(answers.values()))
+        result = BatchSizeResult(
+            batch_size=answer.batch_size,
+            proof=answer.proof,
+            smallest_failure=answer.smallest_failure,
+            trials=tuple(self.trials),
+            confirmation=tuple(self.confirmation),
+            eval_batch_size=answers["eval"].batch_size if "eval" in answers else None,
+            headroom=headroom,
+            budget_bytes=least(self.setting.budget_bytes, limit_bytes),
+            environment={**self.setting.environment, "workload": self.setting.name},
+            notes=tuple(note for mode, found in answers.items() for note in of_mode(mode, found.notes)),
+            duration_s=duration_s,
+        )
+        return replace(result, notes=(*result.notes, *fragmentation_notes(result)))
+
+    def _ask(self, size: int, mode: str) -> Trial:
+        # One sample is enough for an evaluation to meet the optimizer's state.
+        before = () if self.trained is None else (self._smallest("train"),)
+        checked = self.checked.pop((size, mode), None)
+        attempt = checked or self.executor.run(self._request(size, mode, self.steps, before))
+        if attempt.suspect is not None:
+            self.suspects[size] = attempt.suspect
+        if checked is None:
+            self.trials.append(self._told(attempt.trial))
+        return attempt.trial
+
+    def check(self, size: int, mode: str) -> Trial:
+        """One trial of a remembered answer, as a fresh start."""
+        (attempt,) = self.executor.confirm((self._fresh(size, mode),))
+        self.checked[size, mode] = attempt
+        self.trials.append(self._told(attempt.trial))
+        self.trained = size if (self.setting.mode, mode) == ("both", "train") else None
+        return attempt.trial
+
+    def _fresh(self, size: int, mode: str) -> TrialRequest:
+        before = () if self.trained is None else (self.trained,)
+        return replace(self._request(size, mode, CONFIRM_STEPS, before), history="a fresh start")
+
+    def _confirm(self, size: int, mode: str) -> Trial:
+        fresh = self._fresh(size, mode)
+        smallest = self._smallest(mode if self.trained is None else "train")
+        before = (*fresh.sizes_before, smallest, smallest)
+        after_small = replace(fresh, history="smaller batches", sizes_before=before)
+        extent = self.setting.data.get(mode)
+        seeds = range(self.shuffles if extent is not None and extent.varies else 0)
+        shuffled = [replace(fresh, history=f"shuffled epoch {seed + 1}", shuffle_seed=seed) for seed in seeds]
+        attempts = self.executor.confirm((fresh, after_small, *shuffled))
+        self.confirmation += [self._told(attempt.trial) for attempt in attempts]
+        return attempts[-1].trial
+
+    def _smallest(self, mode: str) -> int:
+        """The smallest size that ran: one sample, unless the caller started higher (batch norm refuses one)."""
+        return min(trial.batch_size for trial in self.trials if trial.fits and trial.mode == mode)
+
+    def _request(self, size: int, mode: str, steps: int, before: tuple[int, ...]) -> TrialRequest:
+        limit_bytes = self.capacity_bytes if self.is_restricted else None
+        return TrialRequest(batch_size=size, steps=steps, limit_bytes=limit_bytes, mode=mode, sizes_before=before)
+
+    def _told(self, trial: Trial) -> Trial:
+        if self.on_trial is not None:
+            self.on_trial(trial)
+        return trial
+
+    def _explained(self, error: DoesNotFitError) -> BaseException:
+        """What to raise when nothing fits: the workload's own error, unless it was surely about memory."""
+        size = error.trial.batch_size if error.trial else 1
+        if size in self.suspects:
+            return self.suspects[size]
+        device = self.setting.environment.get("device", "the device")
+        what = f"{'an evaluation of ' if error.trial is not None and error.trial.mode == 'eval' else ''}batch {size}"
+        held_bytes = self.setting.held_bytes
+        message = f"{what} does not fit on {device} in {format_bytes(self.capacity_bytes)}"
+        if held_bytes is not None:
+            message += f", of which the model alone holds {format_bytes(held_bytes)}"
+        if error.trial is not None and error.trial.message:
+            message += f": {error.trial.message}"
+        return DoesNotFitError(message, error.trial)
+
+
+def capacity(setting: Setting, limit_bytes: int | None, headroom: float) -> int | None:
+    """What the trials may have: the budget or the user's limit, less the headroom."""
+    budget_bytes = least(setting.budget_bytes, limit_bytes)
+    if budget_bytes is None:
+        return None
+    capacity_bytes = math.floor(budget_bytes * (1 - headroom))
+    held_bytes = setting.held_bytes or 0
+    if capacity_bytes <= held_bytes:
+        raise DoesNotFitError(
+            f"the model alone needs {held_bytes} bytes ({format_bytes(held_bytes)}); {capacity_bytes} bytes "
+            f"({format_bytes(capacity_bytes)}) are allowed"
+        )
+    return capacity_bytes
+
+
+def of_mode(mode: str, notes: tuple[str, ...]) -> list[str]:
+    """``notes``, said to be about evaluation where they are: training is not to blame for them."""
+    return [f"Evaluation: {note[0].lower()}{note[1:]}" if mode == "eval" else note for note in notes]
+
+
+def least(*sizes: int | None) -> int | None:
+    known = [size for size in sizes if size is not None]
+    return min(known) if known else None
