@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -120,13 +121,14 @@ class TestEndings:
         attempt([*ODD, "gan", "{batch_size}"], log, verbose=True)
         assert "turn 0\n" in capsys.readouterr().err
 
-    def test_killing_the_prober_ends_what_its_command_started(self, log):
+    def test_killing_the_prober_ends_what_its_command_started(self, log, tmp_path):
         words = [*ODD, "leave_a_child", "{batch_size}"]
         code = (
             "from autobatch import Command, find\n"
             f"find(Command({words!r}, log={str(log)!r}), device='cpu', steps=100000)\n"
         )
-        prober = subprocess.Popen([sys.executable, "-c", code])
+        # A killed prober cannot remove its folder.
+        prober = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"TMPDIR": str(tmp_path)})
         deadline_s = time.monotonic() + 60
         while not (log.exists() and "child started" in log.read_text()) and time.monotonic() < deadline_s:
             time.sleep(0.05)
