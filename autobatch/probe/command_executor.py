@@ -18,7 +18,7 @@ import platformdirs
 
 from autobatch.device.base import Device
 from autobatch.device.fraction import fraction_of
-from autobatch.errors import InvalidArgumentError
+from autobatch.errors import InvalidArgumentError, WorkloadFailedError
 from autobatch.hook import TRIAL_VARIABLE, python_path
 from autobatch.probe.command import Command, tracker_variables
 from autobatch.probe.command_run import Ending, Trace, run
@@ -29,6 +29,9 @@ from autobatch.probe.processes import out_of_memory_kills
 from autobatch.probe.signature import Signature
 from autobatch.probe.trial import Attempt, TrialRequest
 from autobatch.probe.workload import Workload
+
+_LEAST_BYTES, _FROM = 4, 2**24
+"""A sample takes so many bytes at least. From this size on they tell more than the noise of a measurement."""
 
 _PER_PROCESS = "The limit on host memory holds for each process of the command, not for all of them together."
 _ONE_HISTORY = "A command can be confirmed after a fresh start alone: smaller batches before it cannot be asked of it."
@@ -56,7 +59,7 @@ class CommandExecutor:
             self._log.open("ab").close()
         except OSError as exc:
             raise InvalidArgumentError("log", str(self._log), f"a file that can be written ({exc.strerror})") from exc
-        self._fitted: set[int] = set()
+        self._fitted: dict[int, int] = {}  # peak bytes by size
         self._noticed: dict[str, None] = {}
 
     def setting(self) -> Setting:
@@ -158,12 +161,26 @@ class CommandExecutor:
     def _note(self, attempt: Attempt, ending: Ending) -> None:
         trial = attempt.trial
         if trial.fits:
-            self._fitted.add(trial.batch_size)
+            measured = trial.measurement
+            self._fitted[trial.batch_size] = (measured and measured.peak_allocated_bytes) or 0
+            self._check_that_it_grows(trial.batch_size)
         elif SHRANK in trial.message:
             self._noticed[f"At a batch of {trial.batch_size}: {trial.message}."] = None
         allowed = self._fraction
         if allowed is not None and any(record.get("fraction", 0) > 1.001 * allowed for record in ending.records):
             self._noticed["The command sets a memory fraction of its own, so the headroom was not withheld."] = None
+
+    def _check_that_it_grows(self, size: int) -> None:
+        """Without this, the search would never end where the command makes batches of another size than asked."""
+        smallest = min(self._fitted)
+        grown_bytes = self._fitted[size] - self._fitted[smallest]
+        if size >= _FROM and grown_bytes < _LEAST_BYTES * (size - smallest):
+            raise WorkloadFailedError(
+                f"a batch of {size} took no more memory than one of {smallest}: the command does not seem to make "
+                "batches of the size in {batch_size}, or it catches out-of-memory errors itself. "
+                f"Its output is in {self._log}",
+                size,
+            )
 
 
 def _idle() -> Workload:

@@ -149,6 +149,15 @@ def test_on_a_virtual_gpu_a_shrinking_batch_is_no_fit(log):
     assert str(log) in result.environment["log"]
 
 
+def test_a_command_that_makes_other_batches_than_asked_ends_the_search(log):
+    """Otherwise it would never end: every size fits."""
+    place = HostDevice(memory_limit_bytes=256 * MIB)
+    with closing(CommandExecutor(Command([*ODD, "ignore", "{batch_size}", "{scratch}"], log=log), place)) as executor:
+        assert executor.run(TrialRequest(batch_size=2, steps=2, limit_bytes=256 * MIB)).trial.fits
+        with pytest.raises(WorkloadFailedError, match="batch of 20000000 took no more memory than one of 2"):
+            executor.run(TrialRequest(batch_size=20_000_000, steps=2, limit_bytes=256 * MIB))
+
+
 def test_from_the_shell_with_its_exit_codes(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     options = ["probe", "--device", "cpu", "--memory-limit", "256MiB", "--start", "2", "--max-batch-size", "2"]
