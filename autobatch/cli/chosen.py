@@ -23,6 +23,7 @@ class Chosen:
     ctx: click.Context
     device: str
     any_capability: bool
+    count: int
     options: dict[str, Any]
 
     def place(self, workload: Target | Command) -> Device:
@@ -34,7 +35,9 @@ class Chosen:
         from autobatch.virtual.resolve import resolve_device
 
         limit_bytes = self.options["memory_limit"]
-        place = resolve_device(self.device, memory_limit_bytes=limit_bytes, any_capability=self.any_capability)
+        place = resolve_device(
+            self.device, memory_limit_bytes=limit_bytes, any_capability=self.any_capability, count=self.count
+        )
         info = identify(place)
         lines = (device_line(info, place.torch_device), *other_lines(info), f"Target: {workload.title}")
         for line in (*lines, *_warnings(workload)):

@@ -134,6 +134,13 @@ def _picture(ctx: click.Context, param: click.Parameter, value: str | None) -> P
     metavar="FILE",
     help="Draw peak memory against batch size, or the sweep, as png, svg or pdf.",
 )
+@click.option(
+    "--count",
+    type=click.IntRange(1),
+    default=1,
+    metavar="N",
+    help="So many of a virtual GPU, for a command with several ranks.",
+)
 @click.option("--any-capability", is_flag=True, help="Also a virtual GPU for which this torch has no kernels.")
 @click.option("--json", "json_path", callback=_writable, metavar="FILE", help="Write the result to this file.")
 @click.option("--verbose", is_flag=True, help="Show the output of a command as it comes.")
@@ -145,6 +152,7 @@ def probe(
     target: str | None,
     device: str,
     any_capability: bool,
+    count: int,
     sweep: Sweep | None,
     json_path: Path | None,
     plot_path: Path | None,
@@ -173,7 +181,7 @@ def probe(
       autobatch probe train.py:build --device cpu --memory-limit 8GiB
       autobatch probe hf:gpt2 --gpu a100-40gb --sweep seq_len=256,512,1024 --plot frontier.png
       autobatch probe --gpu a100-40gb -- python train.py --batch-size {batch_size} --out {scratch}
-      autobatch probe -- torchrun --nproc-per-node 2 train.py --batch-size {batch_size}
+      autobatch probe --gpu l4 --count 2 -- torchrun --nproc-per-node 2 train.py --batch-size {batch_size}
 
     \b
     Exit codes:
@@ -182,12 +190,13 @@ def probe(
       2  a wrong option or name         130  interrupted
     """
     model_options = ModelOptions(**{name: options.pop(name) for name in _MODEL_OPTIONS})
-    # A picture is drawn of the trials, and the cache has them no more.
-    options["cache"] = (options["cache"] and (plot_path is None or sweep is not None)) or None
     command = command_of(ctx, target, model_options, verbose=verbose)
+    # A picture is drawn of the trials, and the cache has them no more. A command is nothing that it could know again.
+    if command is not None or (plot_path is not None and sweep is None):
+        options["cache"] = None
     # Ends like an interrupt does: the child processes go, and the files of a virtual GPU with them.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    chosen = Chosen(ctx, device, any_capability, options)
+    chosen = Chosen(ctx, device, any_capability, count, options)
     if sweep is None:
         text = _one(chosen, command or parse_target(str(target), model_options), plot_path)
     elif command is None:

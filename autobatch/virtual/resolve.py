@@ -16,18 +16,21 @@ _TORCH_KINDS = frozenset({"auto", "cpu", "cuda", "hip", "xpu", "mps", "hpu", "np
 
 
 def resolve_device(
-    spec: str | Device, *, memory_limit_bytes: int | None = None, any_capability: bool = False
+    spec: str | Device, *, memory_limit_bytes: int | None = None, any_capability: bool = False, count: int = 1
 ) -> Device:
     """The device that ``spec`` names; a Device is returned as it is.
 
     Args:
         memory_limit_bytes: what the workload may have of it at most; None for all that is free.
         any_capability: for a virtual GPU that this torch has no kernels for.
+        count: how many of a virtual GPU there are, for a workload of several processes.
 
     Raises:
         InvalidArgumentError: if ``spec`` is no name of a device, with the nearest that are.
         DeviceNotFoundError: if it is one, and there is none here.
     """
+    if count != 1 and not (isinstance(spec, str) and _is_card(spec)):
+        raise InvalidArgumentError("count", count, "left out: only of a virtual GPU there are as many as one likes")
     if not isinstance(spec, str):
         if not isinstance(spec, Device):
             raise InvalidArgumentError("device", spec, _ALLOWED)
@@ -40,7 +43,7 @@ def resolve_device(
             return resolve_local(spec, memory_limit_bytes=memory_limit_bytes)
         except (InvalidArgumentError, DeviceNotFoundError):
             find_card(spec)  # says it better: it lists the nearest names
-    return VirtualGPU(spec, memory_limit_bytes=memory_limit_bytes, any_capability=any_capability)
+    return VirtualGPU(spec, memory_limit_bytes=memory_limit_bytes, any_capability=any_capability, count=count)
 
 
 def _is_card(spec: str) -> bool:

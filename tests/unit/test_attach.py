@@ -12,6 +12,7 @@ from autobatch.errors import DeviceError, DeviceNotFoundError, InvalidArgumentEr
 from autobatch.virtual import attach, host
 from autobatch.virtual.catalog import find_card
 from autobatch.virtual.device import VirtualGPU
+from autobatch.virtual.resolve import resolve_device
 
 
 @pytest.fixture
@@ -228,3 +229,10 @@ def test_trials_need_a_child_with_the_drivers_environment(driver):
 def test_neither_attach_nor_the_device_imports_torch():
     code = "import sys, autobatch.virtual.device, autobatch.virtual.launch; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_only_of_a_virtual_gpu_there_are_several():
+    assert resolve_device("t4", count=2).count == 2
+    for spec in ("cpu", "auto", VirtualGPU("t4")):
+        with pytest.raises(InvalidArgumentError, match="count"):
+            resolve_device(spec, count=2)

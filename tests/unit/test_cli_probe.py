@@ -83,14 +83,14 @@ class TestOptions:
         seen: list[Any] = []
 
         def resolved(name: str, **rest: Any) -> FakeDevice:
-            seen.append((name, rest["any_capability"]))
+            seen.append((name, rest["any_capability"], rest["count"]))
             return FakeDevice(16 * GIB, lambda n: n * GIB)
 
         monkeypatch.setattr(resolve, "resolve_device", resolved)
         run("hf:gpt2", "--gpu", "v100", "--any-capability")
         run("hf:gpt2", "--device", "cuda:1")
-        run("hf:gpt2")
-        assert seen == [("v100", True), ("cuda:1", False), ("auto", False)]
+        run("hf:gpt2", "--gpu", "l4", "--count", "2")
+        assert seen == [("v100", True, 1), ("cuda:1", False, 1), ("l4", False, 2)]
 
     @pytest.mark.parametrize(
         ("option", "value"),
