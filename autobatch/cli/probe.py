@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -194,17 +196,26 @@ def probe(
     # A picture is drawn of the trials, and the cache has them no more. A command is nothing that it could know again.
     if command is not None or (plot_path is not None and sweep is None):
         options["cache"] = None
-    # Ends like an interrupt does: the child processes go, and the files of a virtual GPU with them.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     chosen = Chosen(ctx, device, any_capability, count, options)
-    if sweep is None:
-        text = _one(chosen, command or parse_target(str(target), model_options), plot_path)
-    elif command is None:
-        text = _several(chosen, sweep_targets(str(target), model_options, sweep), sweep, plot_path)
-    else:
-        raise InvalidArgumentError("sweep", sweep, "left out: it varies an option of a TARGET, not of a command")
+    with _ended_by_sigterm():
+        if sweep is None:
+            text = _one(chosen, command or parse_target(str(target), model_options), plot_path)
+        elif command is None:
+            text = _several(chosen, sweep_targets(str(target), model_options, sweep), sweep, plot_path)
+        else:
+            raise InvalidArgumentError("sweep", sweep, "left out: it varies an option of a TARGET, not of a command")
     if json_path is not None:
         json_path.write_text(text + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Inside, SIGTERM ends the command as an interrupt does: the child processes go, and a virtual GPU's files."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _one(chosen: Chosen, workload: Target | Command, plot_path: Path | None) -> str:
