@@ -33,8 +33,9 @@ fix: $(READY)
 
 gpu: $(READY)  ## on a machine with a GPU: what looks at computed values runs too, and fails without one
 	AUTOBATCH_REQUIRE_GPU=1 $(PYTEST) -m "(gpu or gpu_values) and not slow"
+	$(RUN) -m benchmarks.gpu --quick
 
-bench: $(READY)
+bench: $(READY)  ## autobatch and its peers, on virtual cards and host memory, into benchmarks/results
 	$(RUN) -m benchmarks
 
 clean:

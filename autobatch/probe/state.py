@@ -87,7 +87,8 @@ class _Memento:
             return _generator
         if _is_open(item):
             return self._attributes
-        if hasattr(item, "state_dict") and hasattr(item, "load_state_dict"):
+        # A model may hold the class of its layers, which is nothing to save: torchvision's ResNet does.
+        if not isinstance(item, type) and hasattr(item, "state_dict") and hasattr(item, "load_state_dict"):
             return _by_state_dict
         return None
 
@@ -190,7 +191,7 @@ class _Fingerprint:
             self.visit(item.get_state())
         elif _is_open(item):
             self.visit(vars(item))
-        elif hasattr(item, "state_dict"):
+        elif hasattr(item, "state_dict") and not isinstance(item, type):
             self.visit(item.state_dict())
 
     def _tensor(self, item: Tensor) -> None:

@@ -176,3 +176,14 @@ def test_views_that_share_memory_are_put_back_together() -> None:
     with preserved((row, expanded), "cpu"):
         base.zero_()
     assert torch.equal(base, torch.arange(12.0))
+
+
+def test_a_model_may_hold_the_class_of_its_layers() -> None:
+    net, optimizer, scheduler = make()
+    net.layer_class = nn.BatchNorm1d
+    before = fingerprint(net)
+    with preserved([net], "cpu"):
+        train(net, optimizer, scheduler)
+        net.layer_class = nn.LayerNorm
+    assert net.layer_class is nn.BatchNorm1d
+    assert fingerprint(net) == before

@@ -1,0 +1,92 @@
+"""The peers on the GPU of this machine, whole and under fractions of its memory (``results/gpu_<device>.json``).
+
+A cell is a model of ``benchmarks/cells.py`` and what it may have: ``gpt2-16`` (GiB of reserved memory, by
+``torch.cuda.set_per_process_memory_fraction`` or, for autobatch, ``memory_limit``) or ``gpt2-full``. The truth is the
+largest size that survives 20 steps in a fresh process, bisected around the answers::
+
+    python -m benchmarks.gpu [--cells CELL ...] [--peers PEER ...] [--json FILE]
+
+It runs as well on a GPU that is not there: ``autobatch run --gpu a100-40gb -- python -m benchmarks.gpu``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from autobatch.units import GIB
+from benchmarks import cells
+from benchmarks.measure import Place, environment, forked, is_virtual
+from benchmarks.peers import RESULTS, as_text, rows_here
+from benchmarks.searches import PEERS, import_all
+from benchmarks.tables import table
+
+CELLS = ("gpt2-16", "gpt2-full", "resnet50-16", "resnet50-40", "resnet50-full")
+QUICK = ("gpt2-16", "resnet50-16")
+"""For ``make gpu``: a few minutes."""
+QUICK_PEERS = ("autobatch", "autobatch live", "Lightning binsearch", "accelerate", "doubling")
+_DEVICE = "cuda:0"
+_BUILDS = {cell.build.__name__: cell.build for cell in cells.CELLS}
+
+
+def place_of(name: str) -> tuple[Callable[..., Any], Place]:
+    """The model and the limit of the cell called ``name``."""
+    model, _, size = name.rpartition("-")
+    if model not in _BUILDS or not re.fullmatch(r"full|[1-9]\d*", size):
+        raise ValueError(f"no cell is called {name!r}: one of {', '.join(_BUILDS)}, then -full or GiB, as in gpt2-16")
+    return _BUILDS[model], Place(device=_DEVICE, limit_bytes=None if size == "full" else int(size) * GIB)
+
+
+def run(names: Sequence[str], peers: Sequence[str]) -> dict[str, Any]:
+    """The rows of every cell that this GPU has the memory for, and the environment."""
+    import_all()
+    whole = Place(device=_DEVICE)
+    known = environment(whole)
+    if known["device"] is None:
+        raise SystemExit(f"no GPU here: {known['error']}")
+    free_bytes = forked(lambda: {"free": whole.open().budget_bytes()})["free"]
+    rows: list[dict[str, Any]] = []
+    for name in names:
+        build, place = place_of(name)
+        if place.limit_bytes is not None and place.limit_bytes > free_bytes:
+            print(f"{name}: left out, the GPU has {free_bytes} bytes free", file=sys.stderr)
+            continue
+        rows += rows_here(name, build, place, peers, find_truth=True)
+        print("\n".join(json.dumps(row) for row in rows if row["cell"] == name), file=sys.stderr, flush=True)
+    return {"environment": known, "rows": rows}
+
+
+def file_for(results: dict[str, Any]) -> Path:
+    """Named after the GPU, and after its being virtual."""
+    known = results["environment"]
+    title = re.sub(r"[^a-z0-9]+", "_", known["device"].lower()).strip("_")
+    return RESULTS / f"gpu_{title}{'_virtual' if is_virtual(Place(device=_DEVICE)) else ''}.json"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cells", nargs="+", default=CELLS, metavar="CELL")
+    parser.add_argument("--peers", nargs="+", default=(), choices=PEERS, metavar="PEER")
+    parser.add_argument("--quick", action="store_true", help=f"{', '.join(QUICK)}, and {len(QUICK_PEERS)} peers")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    names = QUICK if options.quick else options.cells
+    try:
+        for name in names:
+            place_of(name)
+    except ValueError as error:
+        parser.error(str(error))
+    results = run(names, options.peers or (QUICK_PEERS if options.quick else tuple(PEERS)))
+    file = options.json or file_for(results)
+    file.write_text(as_text(results))
+    print(table(results["rows"]))
+    print(f"written: {file}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
