@@ -194,7 +194,7 @@ def probe(
     model_options = ModelOptions(**{name: options.pop(name) for name in _MODEL_OPTIONS})
     command = command_of(ctx, target, model_options, verbose=verbose)
     # A picture is drawn of the trials, and the cache has them no more. A command is nothing that it could know again.
-    if command is not None or (plot_path is not None and sweep is None):
+    if not options["cache"] or command is not None or (plot_path is not None and sweep is None):
         options["cache"] = None
     chosen = Chosen(ctx, device, any_capability, count, options)
     with _ended_by_sigterm():
