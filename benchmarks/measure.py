@@ -32,9 +32,10 @@ from autobatch.probe.executor import describe
 DEADLINE_S = 240.0
 STEPS = 3
 """Steps of a trial: the default of Lightning and of autobatch, given to all."""
-LIBRARIES = ("accelerate", "lightning", "transformers", "torchvision")
 STEPS_AFTER = 20
 """Steps that an answer must survive."""
+HISTORIES = ("fresh", "small", "failed")
+LIBRARIES = ("accelerate", "lightning", "transformers", "torchvision")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +80,12 @@ class Task:
         finally:
             self.workload._last = None
 
+    def clean_up(self) -> None:
+        """Lets go of what a failure left. Not inside an except block, where the traceback keeps its tensors."""
+        self.workload.model.zero_grad(set_to_none=True)
+        gc.collect()
+        self.device.release()
+
     def attempt(self, size: int) -> None:
         self.attempts.append([size, 0])
 
@@ -117,27 +124,40 @@ def measure(name: str, peer: Peer, build: Callable[..., Any], place: Place) -> d
 
 
 @functools.cache
-def survives(build: Callable[..., Any], place: Place, size: int, steps: int = STEPS_AFTER) -> bool | None:
-    """Whether plain training at ``size`` gets through ``steps`` in a fresh process; None if it failed otherwise."""
+def survives(build: Callable[..., Any], place: Place, size: int, history: str = "fresh") -> bool | None:
+    """Whether plain training at ``size`` gets through its steps in a new process; None if it failed otherwise.
+
+    ``history`` is what the process did before: nothing, two steps of one sample, or one failed attempt, as in
+    ``benchmarks/truth.py``.
+    """
     task = Task(build=build, place=place)
 
     def run() -> dict[str, Any]:
         with task.device.restrict(None):
-            return {"survives": _survived(lambda: task.train(size, steps))}
+            if history == "small":
+                task.train(1, 2)
+            elif history == "failed":
+                _survived(lambda: task.train(size + size // 2, 1))
+                task.clean_up()
+            return {"survives": _survived(lambda: task.train(size, STEPS_AFTER))}
 
     return forked(run).get("survives")
 
 
 def largest_surviving(build: Callable[..., Any], place: Place, near: list[int]) -> int:
-    """The truth where nobody measured it before: a size that survives a fresh process while the next does not, to
+    """The truth where nobody measured it before: a size that survives all three histories while the next does not, to
     half a percent, looked for around the answers ``near``."""
-    low = max((size for size in near if survives(build, place, size)), default=0)
+
+    def holds(size: int) -> bool:
+        return all(survives(build, place, size, history) for history in HISTORIES)
+
+    low = next((size for size in sorted(set(near), reverse=True) if holds(size)), 0)
     high = max(low + 1, int(1.05 * low))
-    while survives(build, place, high):
+    while holds(high):
         low, high = high, max(high + 1, int(1.05 * high))
     while high - low > max(1, low // 200):
         middle = (low + high) // 2
-        low, high = (middle, high) if survives(build, place, middle) else (low, middle)
+        low, high = (middle, high) if holds(middle) else (low, middle)
     return low
 
 
@@ -239,13 +259,15 @@ def forked(run: Callable[[], dict[str, Any]], deadline_s: float = DEADLINE_S) ->
                 return {"error": f"not done after {deadline_s:.0f} s"}
             with os.fdopen(os.dup(read)) as pipe:
                 text = pipe.read()
-            result: dict[str, Any] = json.loads(text) if text else {"error": "the process died"}
-            return result
+            if text:
+                result: dict[str, Any] = json.loads(text)
+                return result
+            return {"error": f"the process died with {os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}"}
         finally:
             os.close(read)
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):
                 os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+                os.waitpid(pid, 0)
 
 
 def _answer(run: Callable[[], dict[str, Any]], write: int, folder: str) -> None:

@@ -7,7 +7,6 @@ know. toma has had no release for years and is not installed: its rule, halving 
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
 import warnings
 from collections.abc import Callable
@@ -96,9 +95,7 @@ def _fits(task: Task, size: int) -> bool:
         if not is_oom(exc):
             raise
         fits = False
-    task.workload.model.zero_grad(set_to_none=True)
-    gc.collect()  # outside of the except block, where the traceback is gone
-    task.device.release()
+    task.clean_up()
     return fits
 
 
