@@ -8,7 +8,8 @@ from 4 to 640 GiB), once on real host memory under a limit (``peers_host.json``)
 A cell has a process of its own, which has imported everything before any clock starts; each peer, and each training in
 a fresh process, is a fork of it (``benchmarks/measure.py``). What a peer tries, how often it fails and how many samples
 it trains is counted in its training loop, seconds are those of its call. autobatch's contain the start of a process
-with all its imports, and the confirmation of its answer, whose samples are told apart.
+with all its imports, and the confirmation of its answer, whose samples are told apart. Training on in the same process
+is the peer's own (a second ``train()`` or ``fit()``), in a fresh one it is the plain loop that *solid* is defined by.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The peers: autobatch, and what else finds a batch size, each around the same :class:`~autobatch.Workload`.
 
 What does not choose its start by itself is given one that is above every answer of the cells, which one would have to
-know. toma has had no release for years and is not installed: its rule, halving after a failure, is a few lines here.
+know. toma is not a dependency: its published rule, halving after a failure, is a few lines of our own here.
 """
 
 from __future__ import annotations
