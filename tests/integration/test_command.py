@@ -103,6 +103,7 @@ class TestEndings:
         with pytest.raises(WorkloadFailedError, match="a flag -I, -E or -S"):
             attempt([str(script), "{batch_size}"], log)
 
+    @pytest.mark.slow
     def test_a_script_that_swallows_the_exit_is_ended_all_the_same(self, log, monkeypatch):
         monkeypatch.setattr(command_run, "LEAVE_WITHIN_S", 0.5)
         monkeypatch.setattr(command_run, "TERM_WITHIN_S", 0.5)
@@ -117,6 +118,7 @@ class TestEndings:
             assert attempt(words, log).trial.fits
         assert [line for line in log.read_text().splitlines() if line.startswith("in:")] == ["in: ", "in: "]
 
+    @pytest.mark.slow
     def test_output_is_shown_as_it_comes_if_asked(self, log, capsys):
         attempt([*ODD, "gan", "{batch_size}"], log, verbose=True)
         assert "turn 0\n" in capsys.readouterr().err
@@ -149,6 +151,7 @@ def test_on_a_virtual_gpu_a_shrinking_batch_is_no_fit(log):
     assert str(log) in result.environment["log"]
 
 
+@pytest.mark.slow
 def test_a_command_that_makes_other_batches_than_asked_ends_the_search(log):
     """Otherwise it would never end: every size fits."""
     place = HostDevice(memory_limit_bytes=256 * MIB)
@@ -181,6 +184,7 @@ def test_exit_code_4_from_the_shell_with_the_command_s_own_last_lines(tmp_path, 
     assert "KeyError: 'column 7'" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_data_set_that_ends_is_no_larger_batch(log):
     words = [sys.executable, str(SCRIPTS / "plain.py"), *SIZES, "--samples", "100", "--features", "8"]
     trial = attempt(words, log, 128).trial

@@ -278,6 +278,7 @@ def test_a_data_set_too_small_for_the_rounding_says_so() -> None:
         find(fake_step(device, fixed_size(37)), device=device, multiple_of=64)
 
 
+@pytest.mark.slow
 def test_lengths_that_differ_are_confirmed_in_shuffled_order_too() -> None:
     device = FakeDevice(GIB, lambda n: n * MIB)
     chance = random.Random(0)
