@@ -43,6 +43,7 @@ def rows() -> dict[str, dict]:
     return {row["peer"]: row for row in json.loads(done.stdout.splitlines()[-1])}
 
 
+@pytest.mark.slow
 def test_every_peer_answers_and_every_field_is_there(rows: dict[str, dict]) -> None:
     assert list(rows) == [name for name in QUICK if PEERS[name].takes("tiny")]
     assert {name: row["error"] for name, row in rows.items() if "error" in row} == {}
@@ -50,6 +51,7 @@ def test_every_peer_answers_and_every_field_is_there(rows: dict[str, dict]) -> N
     assert rows["doubling"]["solid"] >= max(row["answer"] for row in rows.values() if row["survives_fresh"])
 
 
+@pytest.mark.slow
 def test_what_a_peer_does_is_counted(rows: dict[str, dict]) -> None:
     for name in ("doubling", "toma", "accelerate", "Lightning binsearch"):
         row = rows[name]
@@ -61,11 +63,13 @@ def test_what_a_peer_does_is_counted(rows: dict[str, dict]) -> None:
     assert rows["autobatch"]["samples_confirming"] >= 40 * rows["autobatch"]["answer"]
 
 
+@pytest.mark.slow
 def test_what_a_peer_changes_is_seen(rows: dict[str, dict]) -> None:
     assert "optimizer state" in rows["doubling"]["changed"]
     assert [rows[name]["changed"] for name in ("autobatch", "autobatch live")] == [[], []]
 
 
+@pytest.mark.slow
 def test_rows_become_json_and_a_table(rows: dict[str, dict]) -> None:
     results = {"environment": {"torch": "x"}, "rows": list(rows.values())}
     assert json.loads(as_text(results)) == results
