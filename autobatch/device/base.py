@@ -59,6 +59,8 @@ class Isolation:
     """Variables to set in the child before it starts, beside the present ones."""
     memory_limit_bytes: int | None = None
     """For the child's device: what the workload may add; None for the device's own budget."""
+    anew: bool = False
+    """True where every trial needs a child of its own, because one that has run a trial has less room than before."""
 
 
 @runtime_checkable

@@ -1,8 +1,8 @@
 """Trials in a child process that can be lost.
 
 The prober starts one server (:mod:`autobatch.probe.worker`), and it forks workers. A worker lives across the trials
-that fit and is replaced after a failure, a hang or its death; a confirmation gets a fresh one. The only place in
-autobatch that starts a process for trials.
+that fit and is replaced after a failure, a hang or its death, or after every trial where the device says so; a
+confirmation gets a fresh one. The only place in autobatch that starts a process for trials.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ class ChildExecutor:
         )
         self._environment = {**os.environ, **child_environment(), **isolation.environment}
         self._answer_within_s = answer_within_s
+        self._anew = isolation.anew
         self._server: Server | None = None
         self._worker: Worker | None = None
 
@@ -68,6 +69,8 @@ class ChildExecutor:
             return Signature(text=None, reason=str(lost))
 
     def run(self, request: TrialRequest) -> Attempt:
+        if self._anew and self._worker is not None and self._worker.has_tried:
+            self._retire()
         attempt = self._run(request)
         if not attempt.trial.fits:
             self._retire()
@@ -75,7 +78,7 @@ class ChildExecutor:
 
     def confirm(self, requests: tuple[TrialRequest, ...]) -> list[Attempt]:
         attempts: list[Attempt] = []
-        if self._worker is not None and self._worker.has_tried and requests:
+        if self._worker is not None and self._worker.has_tried and requests and not self._anew:
             # The process that searched is a history of its own, while it is there.
             attempts.append(self.run(_after_search(requests[0])))
         for request in requests:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -27,9 +28,9 @@ LIMIT_BYTES = 256 * MIB
 
 
 @contextmanager
-def executor(builder: object, **options: object) -> Iterator[ChildExecutor]:
-    device = HostDevice(memory_limit_bytes=LIMIT_BYTES)
-    with closing(ChildExecutor(builder, device.isolation(), **options)) as child:
+def executor(builder: object, *, anew: bool = False, **options: object) -> Iterator[ChildExecutor]:
+    isolation = replace(HostDevice(memory_limit_bytes=LIMIT_BYTES).isolation(), anew=anew)
+    with closing(ChildExecutor(builder, isolation, **options)) as child:
         yield child
     assert not psutil.Process().children(recursive=True)
 
@@ -53,6 +54,20 @@ def test_a_worker_lives_across_fits_and_is_replaced_after_a_failure() -> None:
         assert not psutil.pid_exists(first)
         assert worker_of(child) != first
         assert child.run(request(20)).trial.fits
+
+
+def test_on_the_host_every_trial_has_a_worker_of_its_own() -> None:
+    assert HostDevice().isolation().anew
+    with executor(small.build, anew=True) as child:
+        workers = [worker_of(child)]
+        for size in (20, 10):
+            trial = child.run(request(size)).trial
+            # The kernel's mark cannot be reset: in a worker that had more before, a smaller peak is unknown.
+            assert trial.measurement.peak_reserved_bytes >= size * MIB
+            workers.append(child._worker._pid)
+        assert workers[0] == workers[1] != workers[2]
+        fresh, after_small = request(10), request(10)
+        assert len(child.confirm((fresh, after_small))) == 2
 
 
 def test_a_confirmation_runs_in_the_searching_process_and_in_fresh_ones() -> None:
