@@ -16,18 +16,24 @@ import threading
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import ModuleType
     from typing import Any, NoReturn
 
 _FOLDER = os.environ.get("AUTOBATCH_TRIAL", "")
-_AUTOBATCH = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _FRACTION = "per_process_memory_fraction"  # a setting of torch's caching allocators, in force from their first byte
 
 record: dict[str, Any] = {}
 """What the prober will read of this process."""
 
 
-def start() -> None:
+load: Callable[[str], Any]
+"""Gives a module of autobatch by its path; the start-up hook's."""
+
+
+def start(loader: Callable[[str], Any]) -> None:
+    global load
+    load = loader
     pipe = _open_pipe()
     with open(os.path.join(_FOLDER, "request.json"), encoding="utf-8") as file:
         request = json.load(file)
@@ -38,28 +44,9 @@ def start() -> None:
     sys.meta_path.insert(0, _TorchFinder(request))
 
 
-def load(module: str) -> ModuleType:
-    """One of autobatch's own modules that need the standard library alone, such as ``device/oom``."""
-    name = f"_autobatch_{os.path.basename(module)}"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, os.path.join(_AUTOBATCH, f"{module}.py"))
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = found = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(found)
-    return sys.modules[name]
-
-
 def write() -> None:
     """Puts :data:`record` on disk, in one piece."""
-    path = os.path.join(_FOLDER, f"{os.getpid()}.json")
-    try:
-        with open(path + ".part", "w", encoding="utf-8") as file:
-            json.dump(record, file)
-        os.replace(path + ".part", path)
-    except OSError as error:
-        if os.path.isdir(_FOLDER):
-            print(f"autobatch: what this process measured could not be written: {error}", file=sys.stderr)
+    load("hook/report").write_report(_FOLDER, record)
 
 
 def _open_pipe() -> int:

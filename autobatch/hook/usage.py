@@ -3,33 +3,24 @@
 from __future__ import annotations
 
 import atexit
-import json
 import os
 import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any  # importing it would cost more than the rest of this module
 
 
-def start() -> None:
-    atexit.register(_write_usage)
+def start(load: Callable[[str], Any]) -> None:
+    atexit.register(_write_usage, load("hook/report").write_report)
 
 
-def _write_usage() -> None:
+def _write_usage(write_report: Callable[[str, dict[str, Any]], None]) -> None:
     cuda = sys.modules.get("torch.cuda")
     folder = os.environ.get("AUTOBATCH_RUN_REPORTS", "")
-    # Without the folder the run has ended before this process, and nobody asks any more.
-    if cuda is None or not cuda.is_initialized() or not os.path.isdir(folder):
-        return
-    usage = {"pid": os.getpid(), "command": list(sys.orig_argv), "cards": _cards(cuda)}
-    path = os.path.join(folder, f"{os.getpid()}.json")
-    try:
-        with open(path + ".part", "w", encoding="utf-8") as file:
-            json.dump(usage, file)
-        os.replace(path + ".part", path)
-    except OSError as error:
-        print(f"autobatch: this process's use of the GPU could not be written: {error}", file=sys.stderr)
+    if cuda is not None and cuda.is_initialized() and os.path.isdir(folder):
+        write_report(folder, {"pid": os.getpid(), "command": list(sys.orig_argv), "cards": _cards(cuda)})
 
 
 def _cards(cuda: Any) -> dict[str, Any]:

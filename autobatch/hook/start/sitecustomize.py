@@ -10,18 +10,27 @@ import importlib.util
 import os
 import sys
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 _HERE = os.path.dirname(os.path.abspath(__file__))
+_AUTOBATCH = os.path.dirname(os.path.dirname(_HERE))
 
 
-def _start(name: str) -> None:
-    """Runs ``start()`` of the module beside this folder, loaded by its path: no package of ours need be installed."""
-    path = os.path.join(os.path.dirname(_HERE), f"{name}.py")
-    spec = importlib.util.spec_from_file_location(f"_autobatch_{name}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.start()
+def load(module: str) -> Any:
+    """One of autobatch's modules that need the standard library alone, such as ``device/oom``.
+
+    By its path, for no package of ours need be installed; once in a process.
+    """
+    name = f"_autobatch_{os.path.basename(module)}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, os.path.join(_AUTOBATCH, f"{module}.py"))
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = found = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(found)
+    return sys.modules[name]
 
 
 def _run_hidden() -> None:
@@ -35,7 +44,7 @@ def _run_hidden() -> None:
 
 
 if "AUTOBATCH_RUN_REPORTS" in os.environ:
-    _start("usage")
+    load("hook/usage").start(load)
 if "AUTOBATCH_TRIAL" in os.environ:
-    _start("trial")
+    load("hook/trial").start(load)
 _run_hidden()
