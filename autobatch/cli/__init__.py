@@ -14,7 +14,7 @@ from autobatch import __version__
 from autobatch.cli.errors import exit_codes
 
 _COMMANDS = {
-    "probe": ("autobatch.cli.probe:probe", "Find the largest batch of a model or of your own training step."),
+    "probe": ("autobatch.cli.probe:probe", "Find the largest batch of a model, a function of yours or any command."),
     "devices": ("autobatch.cli.devices:devices", "Show every GPU and the host: memory, and who uses it."),
     "cache": ("autobatch.cli.cache:cache", "List or clear the answers that were kept."),
     "run": ("autobatch.cli.run:run", "Run any command on a GPU that is not there."),
@@ -49,7 +49,7 @@ def main() -> None:
     \b
     Examples:
       autobatch probe hf:gpt2 --seq-len 1024 --gpu a100-40gb
-      autobatch probe train.py:build
+      autobatch probe -- python train.py --batch-size {batch_size}
       autobatch devices --virtual
 
     `autobatch COMMAND --help` explains a command.
