@@ -185,7 +185,10 @@ def test_on_the_host_the_limit_is_named_and_kept(script):
     assert done.exit_code == 0, done.output
     lines = done.stdout.splitlines()
     assert "budget 64 MiB, the limit given" in lines[0]
-    size = int(re.search(r"Largest batch on host memory: (\d+) \((\d+) does not fit\)", lines[-2])[1])
+    # What malloc keeps differs from process to process: a size at the edge may fit once and not again.
+    answer = re.search(r"Largest batch on host memory: (\d+) \(\d+ (does not fit|did not keep fitting)\)", lines[-2])
+    assert answer, done.stdout
+    size = int(answer[1])
     # A sample takes at least what four layers keep of it.
     assert 1024 <= size < 64 * 2**20 // (4 * 4 * 64)
 
