@@ -117,17 +117,15 @@ class Bracket:
             self.doubt = max(abs(bound - former), self.doubt) * left
             self.is_steady = 2 * self.doubt < bound - self.size
 
-    def step_down(self, part: float, *, refused: Trial | None = None) -> int:
-        """The rank to go down to: ``part`` of the size below the failure, which is ``low`` if ``refused`` found that
-        it does not keep fitting. A size known to fit is enough if it is most of that way down; above, it counts no
-        more, for it is likely to be refused too."""
-        if refused is not None:
-            self.high, self.failure = self.low, refused
-        high = self.high or 1
-        below = min(high - 1, self.rank(self.rounding.size(high) * (1 - part)))
-        enough = max(below, min(high - 2, self.rank(self.rounding.size(high) * (1 - _MOST_OF_THE_WAY * part))))
-        self.low = max((rank for rank, known in self.trials.items() if known.fits and rank <= enough), default=0)
-        return below
+    def step_down(self, part: float, *, refused: Trial) -> None:
+        """Puts ``low``, which ``refused`` found not to keep fitting, above the bracket, and ``part`` of it below. A size
+        known to fit is enough if it is most of that way down; above, it counts no more, for it is likely to be refused
+        too."""
+        self.high, self.failure = self.low, refused
+        below = min(self.high - 1, self.rank(self.rounding.size(self.high) * (1 - part)))
+        enough = max(below, min(self.high - 2, self.rank(self.rounding.size(self.high) * (1 - _MOST_OF_THE_WAY * part))))
+        known = (rank for rank, trial in self.trials.items() if trial.fits and below <= rank <= enough)
+        self.low = max(known, default=below)
 
     def next_growth(self) -> int:
         """The rank that plain growth asks after ``low``."""

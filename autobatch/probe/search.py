@@ -22,18 +22,19 @@ from autobatch.probe.rounding import Rounding
 _SPARED = 0.975  # at most so much of the bound is aimed at, for the allocator cannot reuse all that it holds
 _NEAR = 1.04  # an aim at most this many times the size is not worth a jump
 _SHORT = 0.8  # the part of the way to the aim that one jump goes while the bound is not steady
-_LEAST = 1.005  # so many times the size at least, for less is not worth a trial
+_BEYOND = 1 / 5  # the part of the way to the bound to go at least beyond the aim, for less is not worth a trial
 _TOWARDS = 0.85  # the part of the way from there to the bound to go next
 _FALL = 1 / 40  # this part of the size below a refuted aim to look next
 _SPLIT = 0.43  # where to part a bracket about which nothing is known: below the middle, for a failure costs more
 _FAR_OFF = 1.5  # an aim so many brackets away says nothing about where inside to ask
 _CREEP = 32  # without failures, a step that gains less than this part of the size is not worth its trial
 _STEP_DOWN = 1 / 33  # a candidate that is not confirmed is stepped down by this part of it
+_SEVERAL = 8  # so many sizes given up in stepping down are worth one more confirmation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchAnswer:
-    """The answer: ``batch_size`` was asked, fitted and was confirmed. ``proof`` is one of ``result.PROOFS``."""
+    """The answer: ``batch_size`` was run and confirmed. ``proof`` is one of ``result.PROOFS``."""
 
     batch_size: int
     proof: str
@@ -98,6 +99,8 @@ def search(
     _find(bracket, first_guess=first_guess, avoid_oom=avoid_oom)
     proof = _proof(bracket, avoid_oom=avoid_oom)
     if _settle(bracket, confirm):
+        if not avoid_oom and not bracket.out_of_time():
+            _regain(bracket, confirm)
         proof = "next_size_failed" if bracket.high == bracket.low + 1 else "stepped_down"
     return SearchAnswer(
         batch_size=bracket.size,
@@ -176,8 +179,8 @@ def _pass_the_aim(bracket: Bracket) -> None:
         elif stride > 1:
             step = round(_TOWARDS * (bracket.rank(bound) - low))
         elif aim < bound:
-            least = bracket.rank(_LEAST * bracket.size) - low
-            step = min(max(step, least), (bracket.rank(bound) + 1 - low) // 2)
+            way = bracket.rank(bound) - low
+            step = min(max(step, int(_BEYOND * way)), (way + 1) // 2)
         stride *= 2
         bracket.guess(low + step)
 
@@ -193,7 +196,7 @@ def _close(bracket: Bracket) -> None:
         aim = low if bracket.aim is None else bracket.rank(bracket.aim)
         rank = (low + high) // 2 if bracket.aim is None else low + round(_SPLIT * (high - low))
         if high - low <= 3:
-            rank = low + 1  # of two sizes that are left the lower: at most one more failure, for no more trials
+            rank = high - 1 if aim >= high else low + 1  # of two sizes that are left the one that the aim favours
         elif low < aim < high and not aimed:
             rank, aimed = aim, True
         elif high <= aim <= low + _FAR_OFF * (high - low) and not aimed:
@@ -216,23 +219,40 @@ def _creep(bracket: Bracket) -> None:
 
 
 def _settle(bracket: Bracket, confirm: Ask) -> bool:
-    """Steps down until a size that was asked and fitted is confirmed; True if it had to."""
+    """Steps down until a size is confirmed; True if it had to.
+
+    A size stepped down to is confirmed without a trial before: the confirmation runs it longer, and in the same process
+    first.
+    """
     stepped = False
     while bracket.low:
-        size = bracket.size
-        trial = confirm(size)
+        trial = confirm(bracket.size)
         if trial.fits:
             return stepped
         stepped = True
-        reason = f": {trial.message}" if trial.message else ""
-        bracket.notes.append(f"A batch of {size} fitted once but did not keep fitting ({trial.outcome.value}{reason}).")
-        below = bracket.step_down(_STEP_DOWN, refused=trial)
-        while bracket.low < below and not bracket.try_rank(below):
-            below = bracket.step_down(_STEP_DOWN)
-        if not bracket.low and not bracket.closed:
-            bracket.try_rank(1)
+        _note_refusal(bracket, trial)
+        bracket.step_down(_STEP_DOWN, refused=trial)
     reason = f": {bracket.failure.message}" if bracket.failure and bracket.failure.message else ""
     raise DoesNotFitError(f"Not even a batch of {bracket.rounding.size(1)} fits{reason}", bracket.failure)
+
+
+def _regain(bracket: Bracket, confirm: Ask) -> None:
+    """Invariant: ``low`` is confirmed, and was stepped down to. Asks for half of what that gave up, once."""
+    if bracket.high is not None and bracket.high - bracket.low > _SEVERAL:
+        middle = (bracket.low + bracket.high) // 2
+        trial = confirm(bracket.rounding.size(middle))
+        if trial.fits:
+            bracket.low = middle
+        else:
+            bracket.high, bracket.failure = middle, trial
+            _note_refusal(bracket, trial)
+
+
+def _note_refusal(bracket: Bracket, trial: Trial) -> None:
+    known = bracket.trials.get(bracket.rounding.rank(trial.batch_size))
+    how = "fitted once but did not keep fitting" if known is not None else "did not keep fitting either"
+    reason = f"{trial.outcome.value}: {trial.message}" if trial.message else trial.outcome.value
+    bracket.notes.append(f"A batch of {trial.batch_size} {how} ({reason}).")
 
 
 def _proof(bracket: Bracket, *, avoid_oom: bool) -> str:
