@@ -307,7 +307,7 @@ def test_accelerate_launch(tmp_path):
         model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
         accelerator.backward(model(torch.randn(8, 1024, device=accelerator.device)).sum())
         optimizer.step()
-        print(f"{accelerator.device} {accelerator.num_processes}\n", end="")  # one write: two ranks share the terminal
+        print(f"{accelerator.device} {accelerator.num_processes}\\n", end="")  # one write: two ranks share the terminal
         accelerator.end_training()
     """
     command = [accelerate, "launch", "--num_processes", 2, "--multi_gpu", "--mixed_precision", "bf16"]
