@@ -61,6 +61,8 @@ class Isolation:
     """For the child's device: what the workload may add; None for the device's own budget."""
     anew: bool = False
     """True where every trial needs a child of its own, because one that has run a trial has less room than before."""
+    forks: bool = False
+    """True where a fork of the present process can try what lives in it: there is no driver that forbids it."""
 
 
 @runtime_checkable

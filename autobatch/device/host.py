@@ -82,6 +82,7 @@ class HostDevice:
             device=self.torch_device,
             environment=CHILD_ENVIRONMENT if sys.platform == "linux" else {},
             memory_limit_bytes=self.budget_bytes(),
+            forks=sys.platform == "linux",
             anew=True,  # a heap grows with use, by some per cent in a few trials, and training begins with none
         )
 

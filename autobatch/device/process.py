@@ -38,6 +38,9 @@ def tensor_bytes() -> int:
     return sum(sizes.values())
 
 
+_M_ARENA_MAX = -8  # malloc.h
+
+
 class _MallInfo2(ctypes.Structure):
     """glibc's ``struct mallinfo2`` (mallinfo(3)): ten counters, of which one is read."""
 
@@ -61,6 +64,12 @@ def trim_heap() -> None:
     """Gives the heap's free pages back to the system, where the C library can (glibc)."""
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def share_heap() -> None:
+    """Lets threads that are yet to start use the heap of the first one, where the C library can (glibc)."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
 
 
 def idle_bytes() -> tuple[int, int]:

@@ -118,12 +118,16 @@ class Bracket:
             self.is_steady = 2 * self.doubt < bound - self.size
 
     def step_down(self, part: float, *, refused: Trial) -> None:
-        """Puts ``low``, which ``refused`` found not to keep fitting, above the bracket, and ``part`` of it below. A size
-        known to fit is enough if it is most of that way down; above, it counts no more, for it is likely to be refused
-        too."""
+        """Puts ``low``, which ``refused`` found not to keep fitting, above the bracket, and ``part`` of it below.
+
+        A size known to fit is enough if it is most of that way down; above, it counts no more, for it is likely to be
+        refused too.
+        """
         self.high, self.failure = self.low, refused
         below = min(self.high - 1, self.rank(self.rounding.size(self.high) * (1 - part)))
-        enough = max(below, min(self.high - 2, self.rank(self.rounding.size(self.high) * (1 - _MOST_OF_THE_WAY * part))))
+        enough = max(
+            below, min(self.high - 2, self.rank(self.rounding.size(self.high) * (1 - _MOST_OF_THE_WAY * part)))
+        )
         known = (rank for rank, trial in self.trials.items() if trial.fits and below <= rank <= enough)
         self.low = max(known, default=below)
 

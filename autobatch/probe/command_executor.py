@@ -44,6 +44,8 @@ class CommandExecutor:
         InvalidArgumentError: if the device is none that a command can be measured on.
     """
 
+    where = "processes of the command"
+
     def __init__(self, command: Command, device: Device) -> None:
         self._kind = device.torch_device.partition(":")[0]
         if self._kind not in ("cuda", "cpu") or sys.platform != "linux":

@@ -35,6 +35,9 @@ class Setting:
 class Executor(Protocol):
     """Runs trials one after the other, in one process or in several."""
 
+    where: str
+    """In which processes, as the result says it."""
+
     def setting(self) -> Setting:
         """The place as it is now. Raises what building the workload raises."""
 
@@ -53,6 +56,8 @@ class Executor(Protocol):
 
 class LocalExecutor:
     """Trials in this process, of live objects. Restoring them is the caller's part."""
+
+    where = "this process"
 
     def __init__(self, workload: Workload, device: Device, restore: Callable[[], None] = lambda: None) -> None:
         self._workload, self._device, self._restore = workload, device, restore
@@ -80,14 +85,18 @@ class LocalExecutor:
         attempts: list[Attempt] = []
         for request in requests:
             self._restore()
-            clean_up(self._workload, self._device)
+            self.clear()
             attempts.append(self.run(request))
             if not attempts[-1].trial.fits:
                 break
         return attempts
 
-    def close(self) -> None:
+    def clear(self) -> None:
+        """Lets go of what a step left alive, and gives the caches back."""
         clean_up(self._workload, self._device)
+
+    def close(self) -> None:
+        self.clear()
 
 
 def describe(device: Device) -> dict[str, Any]:

@@ -15,15 +15,15 @@ from autobatch.probe.cache import open_cache
 from autobatch.probe.command import Command
 from autobatch.probe.command_executor import CommandExecutor
 from autobatch.probe.executor import Executor, LocalExecutor
+from autobatch.probe.fork import forks_are_safe
 from autobatch.probe.guess import WITHIN_S, twin_of, virtual_guess
 from autobatch.probe.inquiry import SHUFFLES, SHUFFLES_AT_THE_EDGE, Inquiry, capacity, least
-from autobatch.probe.isolation import ChildExecutor, is_importable
+from autobatch.probe.isolation import ChildExecutor, ForkExecutor, is_importable
 from autobatch.probe.lock import device_lock
 from autobatch.probe.recall import Recall
 from autobatch.probe.search import check_arguments
 from autobatch.probe.source import Source, builder_of, check_placed, source_of
 from autobatch.probe.state import preserved
-from autobatch.probe.trial import clean_up
 from autobatch.probe.worker import build, check_not_importing_main
 from autobatch.probe.workload import Workload
 from autobatch.result import BatchSizeResult, Trial
@@ -55,7 +55,7 @@ def find(
     """The largest batch size of ``workload`` that trains on ``device``, found by running it.
 
     What the caller has is left as it was, bit for bit: parameters, buffers, optimizer, scheduler, random numbers. Of a
-    ``step(n)`` in this process only what ``state`` names is put back.
+    ``step(n)`` that is tried in this process only what ``state`` names is put back.
 
     Args:
         workload: a :class:`Workload` of live objects; a function without arguments (or with one named ``device``)
@@ -76,7 +76,8 @@ def find(
         steps: training steps of a trial, at least 2: the first alone creates the optimizer's state.
         avoid_oom: provoke no failure: approach from below and trust the measured memory.
         isolate: True for trials in a child process, False for this one; ``"auto"`` takes a child where the workload
-            can reach one.
+            can reach one. On host memory (Linux) live objects are tried in forks of this process: there a library that
+            is refused memory may crash. ``environment["trials_in"]`` of the result says which it was.
         time_limit_s: seconds after which no larger size is tried.
         first_guess: a size near which the answer is expected: the search begins there. Without one, on a real NVIDIA
             GPU, it begins at the answer of a virtual one, where the workload can reach a child process.
@@ -151,25 +152,36 @@ def _executor(source: Source, device: Device, isolate: bool | str) -> Iterator[E
         with closing(CommandExecutor(source, device)) as command:
             yield command
         return
-    builder = builder_of(source)
-    isolation = device.isolation()
-    if isolation.required or isolate is True:
-        if builder is None:
-            raise InvalidArgumentError("workload", source, f"a function that builds it, because {isolation.reason}")
-        isolate = True
-    elif isolate == "auto":
-        isolate = not isinstance(source, Workload) and is_importable(source)
-    if isolate and builder is not None:
+    builder, isolation = builder_of(source), device.isolation()
+    must = isolation.required or (isolate is True and not isolation.forks)
+    if must and builder is None:
+        raise InvalidArgumentError("workload", source, f"a function that builds it, because {isolation.reason}")
+    can = isolate is not False and not isinstance(source, Workload) and is_importable(source)
+    if builder is not None and (must or can):
         with closing(ChildExecutor(builder, isolation)) as child:
             yield child
         return
+    forks = isolate is not False and isolation.forks and forks_are_safe()
+    if isolate is True and not forks:
+        raise InvalidArgumentError("isolate", isolate, "False or 'auto' here, where a fork of this process hangs")
+    with _live_executor(source, device, forks=forks) as live:
+        yield live
+
+
+@contextmanager
+def _live_executor(source: Workload | Callable[..., Any], device: Device, *, forks: bool) -> Iterator[Executor]:
+    """Trials of what lives in this process, here or in forks of it. Only here there is something to put back."""
     if isinstance(source, Workload):
         check_placed(source, device)
-    with preserved(source.stateful if isinstance(source, Workload) else (), device.torch_device) as restore:
+    with preserved(
+        source.stateful if isinstance(source, Workload) and not forks else (), device.torch_device
+    ) as restore:
         workload = source if isinstance(source, Workload) else build(source, device.torch_device)
-        clean_up(workload, device)
-        with closing(LocalExecutor(workload, device, restore)) as local:
-            yield local
+        live = LocalExecutor(workload, device, restore)
+        if not forks:
+            live.clear()
+        with closing(ForkExecutor(live) if forks else live) as executor:
+            yield executor
 
 
 def _check(*, headroom: Any, steps: Any, isolate: Any, on_trial: Any) -> None:

@@ -87,7 +87,7 @@ class Inquiry:
             eval_batch_size=answers["eval"].batch_size if "eval" in answers else None,
             headroom=headroom,
             budget_bytes=least(self.setting.budget_bytes, limit_bytes),
-            environment={**self.setting.environment, "workload": self.setting.name},
+            environment={**self.setting.environment, "workload": self.setting.name, "trials_in": self.executor.where},
             notes=tuple(note for mode, found in answers.items() for note in of_mode(mode, found.notes)),
             duration_s=duration_s,
         )

@@ -2,7 +2,8 @@
 
 The prober starts one server (:mod:`autobatch.probe.worker`), and it forks workers. A worker lives across the trials
 that fit and is replaced after a failure, a hang or its death, or after every trial where the device says so; a
-confirmation gets a fresh one. The only place in autobatch that starts a process for trials.
+confirmation gets a fresh one. Live objects are tried in forks of the present process instead
+(:mod:`autobatch.probe.fork`). The only place in autobatch that starts a process for trials.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from typing import Any
 from autobatch.device.base import Isolation
 from autobatch.device.oom import Tier
 from autobatch.errors import DeviceError, InvalidArgumentError, WorkloadFailedError
-from autobatch.probe.executor import Setting
+from autobatch.probe.executor import LocalExecutor, Setting
+from autobatch.probe.fork import Forks
 from autobatch.probe.lock import child_environment
 from autobatch.probe.processes import ANSWER_WITHIN_S, Server, Worker, WorkerLostError
 from autobatch.probe.signature import Signature
@@ -41,21 +43,25 @@ class ChildExecutor:
         DeviceError: where the platform cannot fork.
     """
 
+    where = "child processes"
+
     def __init__(
         self, builder: Callable[..., Any], isolation: Isolation, *, answer_within_s: float = ANSWER_WITHIN_S
     ) -> None:
         if not hasattr(os, "fork") or not hasattr(socket, "recv_fds"):
             raise DeviceError("trials in a child process need Linux or macOS; isolate=False runs them in this one")
-        self._job = Job(
+        job = Job(
             payload=_by_reference(builder),
             preparation=_preparation(builder),
             device=isolation.device,
             memory_limit_bytes=isolation.memory_limit_bytes,
         )
-        self._environment = {**os.environ, **child_environment(), **isolation.environment}
-        self._answer_within_s = answer_within_s
-        self._anew = isolation.anew
-        self._server: Server | None = None
+        environment = {**os.environ, **child_environment(), **isolation.environment}
+        self._serve_with(lambda: Server(job, environment, answer_within_s), isolation.anew, answer_within_s)
+
+    def _serve_with(self, start: Callable[[], Server | Forks], anew: bool, answer_within_s: float) -> None:
+        self._start, self._anew, self._answer_within_s = start, anew, answer_within_s
+        self._server: Server | Forks | None = None
         self._worker: Worker | None = None
 
     def setting(self) -> Setting:
@@ -124,7 +130,7 @@ class ChildExecutor:
             if self._server is None or not self._server.can_fork:
                 if self._server is not None:
                     self._server.close()
-                self._server = Server(self._job, self._environment, self._answer_within_s)
+                self._server = self._start()
             self._worker = Worker(self._server, self._answer_within_s)
         return self._worker
 
@@ -132,6 +138,18 @@ class ChildExecutor:
         if self._worker is not None:
             self._worker.close()
             self._worker = None
+
+
+class ForkExecutor(ChildExecutor):
+    """Trials of live objects in forks of this process, one for each, whose end undoes what they did.
+
+    A trial finds the heap as this process goes on to train with it.
+    """
+
+    where = "forks of this process"
+
+    def __init__(self, live: LocalExecutor, *, answer_within_s: float = ANSWER_WITHIN_S) -> None:
+        self._serve_with(lambda: Forks(live), True, answer_within_s)
 
 
 def _by_reference(builder: Callable[..., Any]) -> bytes:

@@ -20,6 +20,7 @@ import autobatch
 from autobatch.device.oom import Tier, classify_exit
 from autobatch.errors import WorkloadFailedError
 from autobatch.probe.executor import Setting
+from autobatch.probe.fork import Forks
 from autobatch.probe.signature import Signature
 from autobatch.probe.trial import TrialRequest
 from autobatch.probe.worker import PID, Failure, Job, SignatureRequest
@@ -112,7 +113,7 @@ class Server:
 class Worker:
     """One process that runs trials."""
 
-    def __init__(self, server: Server, answer_within_s: float) -> None:
+    def __init__(self, server: Server | Forks, answer_within_s: float) -> None:
         self._server, self._answer_within_s = server, answer_within_s
         self._kills_before = out_of_memory_kills()
         self._status: int | None = None

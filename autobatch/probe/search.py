@@ -16,6 +16,7 @@ from autobatch.errors import DoesNotFitError, InvalidArgumentError
 from autobatch.probe.bracket import LONGEST_JUMP, Ask, Bracket
 from autobatch.probe.memory_fit import MemoryFit
 from autobatch.probe.rounding import Rounding
+from autobatch.result import Trial
 
 # Tuned on trials recorded on virtual cards (tests/data/oracles_*.json). Each changes what a search costs, none what it
 # answers.

@@ -25,9 +25,12 @@ from multiprocessing import spawn
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from autobatch.errors import InvalidArgumentError
+
+if TYPE_CHECKING:  # a server imports torch when it is told to, not before
+    from autobatch.probe.executor import LocalExecutor
 
 PID = struct.Struct("q")  # what the server writes to its socket: a worker's pid, then how it ended
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -78,7 +81,7 @@ class Failure:
 
 def serve(descriptor: int) -> None:
     """The server: imports, says that it is ready, and forks a worker for each socket it is handed."""
-    _end_with_parent()
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the prober's to handle; it ends us
     channel = socket.socket(fileno=descriptor)
     talk = Connection(os.dup(descriptor))
@@ -98,7 +101,7 @@ def serve(descriptor: int) -> None:
         server = os.getpid() if fork_is_safe else None
         pid = os.fork() if fork_is_safe else 0
         if pid == 0:
-            _end_with_parent(server)
+            end_with_parent(server)
             _be_worker(Connection(descriptors[0]), channel, builder, job)
         os.close(descriptors[0])
         channel.sendall(PID.pack(pid))
@@ -153,7 +156,7 @@ def _fork_is_safe() -> bool:
     server = os.getpid()
     pid = os.fork()
     if pid == 0:
-        _end_with_parent(server)  # it may hang, and then only its parent's end is left to end it
+        end_with_parent(server)  # it may hang, and then only its parent's end is left to end it
         torch.ones(1 << 18).add_(1)  # large enough for torch to share it out among its threads
         os._exit(0)
     deadline_s = time.monotonic() + 2
@@ -166,12 +169,16 @@ def _fork_is_safe() -> bool:
     return False
 
 
-def _be_worker(talk: Connection, channel: socket.socket, builder: Callable[..., Any], job: Job) -> None:
+def _be_worker(talk: Connection, channel: socket.socket, builder: Callable[..., Any], job: Job) -> NoReturn:
+    channel.close()
+    run_and_end(talk, lambda: _work(talk, builder, job))
+
+
+def run_and_end(talk: Connection, work: Callable[[], NoReturn]) -> NoReturn:
     """Never returns: a fork must not run what its parent had left to do."""
     status = 1
     try:
-        channel.close()
-        status = _work(talk, builder, job)
+        work()
     except (EOFError, ConnectionError):
         status = 0  # the prober is gone, or done with us
     except BaseException as exc:  # noqa: BLE001 - it is raised again, by the prober
@@ -182,7 +189,7 @@ def _be_worker(talk: Connection, channel: socket.socket, builder: Callable[..., 
         os._exit(status)
 
 
-def _work(talk: Connection, builder: Callable[..., Any], job: Job) -> int:
+def _work(talk: Connection, builder: Callable[..., Any], job: Job) -> NoReturn:
     from autobatch.device.local import resolve_local
     from autobatch.probe.executor import LocalExecutor
 
@@ -190,6 +197,11 @@ def _work(talk: Connection, builder: Callable[..., Any], job: Job) -> int:
     device.reset_peaks()  # host memory counts from here: with the imports done, and nothing built
     executor = LocalExecutor(build(builder, device.torch_device), device)
     talk.send(executor.setting())
+    answer_all(talk, executor)
+
+
+def answer_all(talk: Connection, executor: LocalExecutor) -> NoReturn:
+    """Answers requests until the prober is gone or done, which is an EOFError."""
     while True:
         request = talk.recv()
         if isinstance(request, SignatureRequest):
@@ -243,7 +255,7 @@ def _needs(builder: Callable[..., Any]) -> str:
     return f"its parameters and buffers take {size} bytes ({format_bytes(size)})"
 
 
-def _end_with_parent(parent_pid: int | None = None) -> None:
+def end_with_parent(parent_pid: int | None = None) -> None:
     """Asks the kernel to kill this process when its parent dies. Elsewhere than Linux a closed pipe ends it.
 
     With ``parent_pid`` also one that has died already counts.

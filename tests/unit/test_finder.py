@@ -205,7 +205,7 @@ def test_a_live_workload_is_never_moved() -> None:
 
 def test_live_objects_cannot_reach_a_child() -> None:
     with pytest.raises(InvalidArgumentError, match="a function that builds it"):
-        find(live(), device="cpu", isolate=True)
+        find(live(), device=fake(), isolate=True)
 
 
 def test_a_result_survives_json() -> None:
