@@ -26,7 +26,9 @@ class MemoryFit:
     def learn(self, size: int, measurement: Measurement | None) -> None:
         """Takes in the peaks of a trial that ran to its end; without both of them, nothing."""
         if measurement and measurement.peak_allocated_bytes and measurement.peak_reserved_bytes:
-            self._allocated[size] = measurement.peak_allocated_bytes
+            # More in tensors than was taken is a count of another kind (the host's resident memory, libraries and all),
+            # which no capacity bounds.
+            self._allocated[size] = min(measurement.peak_allocated_bytes, measurement.peak_reserved_bytes)
             self._reserved[size] = measurement.peak_reserved_bytes
 
     def aim(self, size: int) -> float | None:

@@ -28,6 +28,8 @@ _TOWARDS = 0.85  # the part of the way from there to the bound to go next
 _FALL = 1 / 40  # this part of the size below a refuted aim to look next
 _SPLIT = 0.43  # where to part a bracket about which nothing is known: below the middle, for a failure costs more
 _FAR_OFF = 1.5  # an aim so many brackets away says nothing about where inside to ask
+_OPEN = 1 / 10  # a bracket wider than this part of its size is worth another aim, now seen from nearer
+_WIDE = 8  # sizes so many times apart are parted in proportion
 _CREEP = 32  # without failures, a step that gains less than this part of the size is not worth its trial
 _STEP_DOWN = 1 / 33  # a candidate that is not confirmed is stepped down by this part of it
 _SEVERAL = 8  # so many sizes given up in stepping down are worth one more confirmation
@@ -187,7 +189,8 @@ def _pass_the_aim(bracket: Bracket) -> None:
 
 
 def _close(bracket: Bracket) -> None:
-    """Invariant: ``low`` fits and ``high`` does not. Asks at the aim, once; then parts the bracket until it is closed.
+    """Invariant: ``low`` fits and ``high`` does not. Asks at the aim, once unless the bracket is wide; then parts the
+    bracket until it is closed.
 
     An aim that has just been refuted is still the best guess: so look closely below it first, then in widening strides.
     """
@@ -198,8 +201,13 @@ def _close(bracket: Bracket) -> None:
         rank = (low + high) // 2 if bracket.aim is None else low + round(_SPLIT * (high - low))
         if high - low <= 3:
             rank = high - 1 if aim >= high else low + 1  # of two sizes that are left the one that the aim favours
-        elif low < aim < high and not aimed:
+        elif low < aim < high and (not aimed or high - low > _OPEN * low):
             rank, aimed = aim, True
+        elif aim <= low <= (bound := bracket.rank(bracket.bound or 0)) < high - 1:
+            rank = bound + 1  # the failure above was a guess from far off
+        elif bracket.aim is not None and bracket.rounding.size(high) > _WIDE * bracket.size:
+            # The aim was seen from too far off to tell more than that the limit is between.
+            rank = bracket.rank(math.sqrt(bracket.size * bracket.rounding.size(high)))
         elif high <= aim <= low + _FAR_OFF * (high - low) and not aimed:
             stride = 2 * stride or max(1, high - bracket.rank(bracket.rounding.size(high) * (1 - _FALL)))
             rank = max(rank, top - stride)

@@ -163,6 +163,20 @@ def test_what_runs_and_does_not_fit_is_a_failure(outcome: Outcome) -> None:
 # Confirmation
 
 
+def test_peaks_that_hide_their_slope_at_small_sizes_cost_few_trials() -> None:
+    """A multilayer perceptron on host memory under 128 MiB, as measured: flat at first, so that the first aim is at
+    four thousand; and resident memory, which no limit bounds, above the private data that it does bound."""
+
+    def peaks(size: int) -> tuple[float, float]:
+        private = max(29, 20 + 0.243 * size)
+        return 2**20 * (private + 23), 2**20 * private
+
+    oracle = Oracle(lambda n: n <= 444, peaks)
+    assert search(oracle, confirmed, multiple_of=1, capacity_bytes=128 * 2**20).batch_size == 444
+    assert len(oracle.trials) <= 10
+    assert sum(oracle.trials) <= 10 * 444
+
+
 class Confirm:
     def __init__(self, keeps_fitting: Callable[[int], bool]) -> None:
         self.keeps_fitting, self.asked, self.confirmed = keeps_fitting, list[int](), set[int]()
