@@ -7,9 +7,10 @@ Bytes are ``int``, seconds ``float``; ``None`` means unknown, which is never zer
 from __future__ import annotations
 
 import enum
+import itertools
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from autobatch.errors import InvalidArgumentError
@@ -186,7 +187,7 @@ def _table(result: BatchSizeResult) -> list[str]:
     timed = not result.environment.get("virtual", False)  # nothing is computed there, so times say nothing
     lines = [f"{'batch':>8}  {'outcome':<13}  {'allocated':>10}  {'reserved':>10}" + f"  {'step':>8}" * timed]
     unknown = Measurement(peak_allocated_bytes=None, peak_reserved_bytes=None)
-    for trial in (*result.trials, *result.confirmation):
+    for trial in folded((*result.trials, *result.confirmation)):
         measured = trial.measurement or unknown
         allocated, reserved = measured.peak_allocated_bytes, measured.peak_reserved_bytes
         line = f"{trial.batch_size:>8}  {trial.outcome.value:<13}"
@@ -195,6 +196,22 @@ def _table(result: BatchSizeResult) -> list[str]:
         mode = f"  {trial.mode}" if trial.mode != "train" else ""
         lines.append(line + mode + (f"  confirming after {trial.history}" if trial.history else ""))
     return lines
+
+
+def folded(trials: Iterable[Trial]) -> list[Trial]:
+    """``trials`` for a person: shuffled epochs that the same size survived are one row, that of the highest peak."""
+    rows: list[Trial] = []
+    for _, run in itertools.groupby(
+        trials, key=lambda t: t.fits and "shuffled" in t.history and (t.batch_size, t.mode)
+    ):
+        same = list(run)
+        if len(same) == 1 or "shuffled" not in same[0].history or not same[0].fits:
+            rows += same
+        else:
+            highest = max(same, key=lambda t: (t.measurement and t.measurement.peak_reserved_bytes) or 0)
+            took_s = sum(trial.duration_s for trial in same)
+            rows.append(replace(highest, duration_s=took_s, history=f"{len(same)} shuffled epochs"))
+    return rows
 
 
 def _conclusion(result: BatchSizeResult) -> str:

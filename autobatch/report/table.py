@@ -8,7 +8,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from autobatch.result import BatchSizeResult, Measurement, Outcome, Trial
+from autobatch.result import BatchSizeResult, Measurement, Outcome, Trial, folded
 from autobatch.units import format_bytes, format_seconds
 
 _BAR_WIDTH = 24
@@ -55,7 +55,7 @@ def trials_table(trials: Sequence[Trial], *, comparable: bool, timed: bool) -> T
         table.add_column("step", justify="right")
     table.add_column("took", justify="right")
     table.add_column("")
-    for trial in trials:
+    for trial in folded(trials):
         measured = trial.measurement or Measurement(peak_allocated_bytes=None, peak_reserved_bytes=None)
         table.add_row(
             str(trial.batch_size),

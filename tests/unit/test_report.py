@@ -58,6 +58,17 @@ def test_an_unknown_peak_is_unknown_and_not_an_empty_bar():
     assert drawn(trials_table([trial(8, peak_gib=None)], comparable=True, timed=False))[1].count("unknown") == 2
 
 
+def test_shuffled_epochs_that_a_size_survived_are_one_row_and_a_refusal_is_its_own():
+    survived = [trial(8, peak_gib=peak, history=f"shuffled epoch {peak}") for peak in (1, 3, 2)]
+    refused = trial(8, Outcome.OOM, history="shuffled epoch 4")
+    rows = drawn(trials_table([trial(8), *survived, refused], comparable=True, timed=False))[1:]
+    assert len(rows) == 3
+    assert "3.00 GiB" in rows[1]
+    assert "1.5 s" in rows[1]
+    assert "confirmed after 3 shuffled epochs" in rows[1]
+    assert "not confirmed after shuffled epoch 4" in rows[2]
+
+
 def test_host_peaks_are_not_held_against_the_budget():
     assert "budget" not in drawn(trials_table([trial(8)], comparable=False, timed=True))[0]
 
