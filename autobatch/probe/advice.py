@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from autobatch.result import BatchSizeResult
 from autobatch.units import format_bytes
 
@@ -20,4 +23,24 @@ def fragmentation_notes(result: BatchSizeResult) -> tuple[str, ...]:
                 f"At the answer {format_bytes(reserved)} are reserved for {format_bytes(allocated)} of tensors: "
                 "PYTORCH_ALLOC_CONF=expandable_segments:True may let more fit.",
             )
+    return ()
+
+
+def limit_notes(limit_bytes: int | None, budget_bytes: int | None, environment: Mapping[str, Any]) -> tuple[str, ...]:
+    """Says so if the caller's limit is more than there is: of a GPU it limits nothing, on the host it makes swap."""
+    if limit_bytes is None:
+        return ()
+    free_bytes = environment.get("free_bytes")
+    if environment.get("kind") == "cpu":
+        if free_bytes is not None and limit_bytes > free_bytes:
+            return (
+                f"memory_limit={format_bytes(limit_bytes)} is more than the {format_bytes(free_bytes)} that are "
+                "available: near the answer this machine may swap, or end the process.",
+            )
+        return ()
+    if budget_bytes is not None and limit_bytes > budget_bytes:
+        return (
+            f"memory_limit={format_bytes(limit_bytes)} limits nothing here: the device has "
+            f"{format_bytes(budget_bytes)} for this workload.",
+        )
     return ()

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from autobatch.device.base import Device
 from autobatch.errors import InvalidArgumentError
+from autobatch.probe.advice import limit_notes
 from autobatch.probe.cache import open_cache
 from autobatch.probe.command import Command
 from autobatch.probe.command_executor import CommandExecutor
@@ -131,7 +132,8 @@ def find(
     if isinstance(executor, LocalExecutor) and isinstance(source, Workload) and not source.stateful:
         result = replace(result, notes=(*result.notes, NOT_RESTORED))
     recall.keep(result)
-    return replace(result, notes=(*result.notes, *recall.notes))
+    notes = (*result.notes, *recall.notes, *limit_notes(limit_bytes, setting.budget_bytes, setting.environment))
+    return replace(result, notes=notes)
 
 
 def _answer_of(inquiry: Inquiry, options: dict[str, Any]) -> int:

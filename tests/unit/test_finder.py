@@ -48,6 +48,20 @@ def test_a_memory_limit_caps_the_budget() -> None:
     assert find(device.step, device=device, multiple_of=1, headroom=0, memory_limit="4GiB").batch_size == 20
 
 
+def test_a_memory_limit_above_what_is_there_is_said_to_limit_nothing() -> None:
+    device = fake()
+    result = find(device.step, device=device, memory_limit="20GiB", max_batch_size=4)
+    assert any(
+        note.startswith("memory_limit=20.00 GiB limits nothing here: the device has 16.00 GiB") for note in result.notes
+    )
+    assert not any("memory_limit" in note for note in find(device.step, device=device, memory_limit="16GiB").notes)
+
+
+def test_a_limit_on_host_memory_that_is_not_there_is_said_to_make_the_machine_swap() -> None:
+    result = find(lambda n: None, device="cpu", memory_limit="100TiB", max_batch_size=1)
+    assert any("is more than the" in note and "swap" in note for note in result.notes)
+
+
 def test_a_cap_is_named_as_the_proof_and_never_passed() -> None:
     device = fake()
     result = find(device.step, device=device, max_batch_size=100, multiple_of=1)
