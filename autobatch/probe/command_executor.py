@@ -29,6 +29,7 @@ from autobatch.probe.processes import out_of_memory_kills
 from autobatch.probe.signature import Signature
 from autobatch.probe.trial import Attempt, TrialRequest
 from autobatch.probe.workload import Workload
+from autobatch.virtual.folders import temporary_folder
 
 _LEAST_BYTES, _FROM = 4, 2**24
 """A sample takes so many bytes at least. From this size on they tell more than the noise of a measurement."""
@@ -100,8 +101,8 @@ class CommandExecutor:
         return (*self._noticed, *self._command.warnings(), *per_process, _ONE_HISTORY, log)
 
     def _run(self, request: TrialRequest) -> Ending:
-        with tempfile.TemporaryDirectory(prefix="autobatch-trial-", ignore_cleanup_errors=True) as name:
-            folder, scratch = Path(name), Path(name, "scratch")
+        with temporary_folder("autobatch-trial-") as folder:
+            scratch = folder / "scratch"
             scratch.mkdir()
             words = self._command.filled(request.batch_size, scratch)
             told = self._told(request)

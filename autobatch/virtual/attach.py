@@ -13,20 +13,19 @@ import re
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from autobatch.errors import DeviceError
 from autobatch.virtual.build import driver_folder, preload_libraries
 from autobatch.virtual.catalog import Card
-from autobatch.virtual.state import STATE_VARIABLE, create_state, start_time
+from autobatch.virtual.folders import make_folder
+from autobatch.virtual.state import STATE_VARIABLE, create_state
 
 _FOLDER_VARIABLE = "TRITON_LIBCUDA_PATH"  # Triton looks for libcuda.so.1 there, and we for our own traces
 _OTHERS = re.compile(r"lib(?:cuda|cudart|nvidia-ml)\.so\S*")
 
 _PREFIX = "autobatch-gpu-"
-_OLD_S = 24 * 3600.0
 
 _attached: Path | None = None
 
@@ -34,23 +33,7 @@ _attached: Path | None = None
 def make_state_folder() -> Path:
     """A new folder that only this user can enter, in memory where the system has such a place."""
     runtime = os.environ.get("XDG_RUNTIME_DIR", "")
-    place = Path(runtime if os.access(runtime, os.W_OK | os.X_OK) else tempfile.gettempdir())
-    _sweep(place)
-    maker = os.getpid()
-    return Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{maker}-{start_time(maker)}-", dir=place))
-
-
-def _sweep(place: Path) -> None:
-    """Removes the folders of makers that were killed, which could not do it themselves.
-
-    Not the young ones: their maker may live in another container, whose process ids are not ours.
-    """
-    for folder in place.glob(f"{_PREFIX}*-*-*"):
-        pid, started = folder.name.removeprefix(_PREFIX).split("-")[:2]
-        with contextlib.suppress(OSError, ValueError):  # somebody else's, or just swept by another process
-            old = time.time() - folder.stat().st_mtime > _OLD_S
-            if old and str(start_time(int(pid))) != started:
-                shutil.rmtree(folder)
+    return make_folder(_PREFIX, Path(runtime if os.access(runtime, os.W_OK | os.X_OK) else tempfile.gettempdir()))
 
 
 @contextlib.contextmanager
