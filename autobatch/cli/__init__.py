@@ -5,7 +5,9 @@ Each command is imported when it is called, so that ``autobatch --help`` needs n
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import sys
 from typing import Any
 
 import click
@@ -37,6 +39,9 @@ class _LazyCommands(click.Group):
             formatter.write_dl([(name, summary) for name, (_, summary) in _COMMANDS.items()])
 
     def invoke(self, ctx: click.Context) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(AttributeError, ValueError):  # replaced by one that is no text file
+                stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a name is no reason to fail
         with exit_codes(ctx):
             return super().invoke(ctx)
 

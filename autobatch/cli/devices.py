@@ -56,13 +56,14 @@ def identify(device: Device) -> DeviceInfo:
     """Who ``device`` is, without a context on it: one in this process would take memory from the trials in another."""
     from autobatch.device.base import DeviceInfo
     from autobatch.device.nvml import list_gpus
+    from autobatch.virtual.attach import present_state
 
     kind = device.torch_device.partition(":")[0]
     if kind != "cuda" or device.isolation().required:
         return device.info()
     for gpu in list_gpus():
         if device.torch_device == torch_name(gpu):
-            return gpu
+            return dataclasses.replace(gpu, virtual=present_state() is not None)
     import torch
 
     return DeviceInfo(name=torch.cuda.get_device_name(device.torch_device), kind=kind)

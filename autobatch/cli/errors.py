@@ -14,9 +14,12 @@
 from __future__ import annotations
 
 import contextlib
+import signal
+import threading
 import traceback
 import warnings
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 import click
@@ -70,6 +73,39 @@ def traceback_option(command: Any) -> Any:
 @contextlib.contextmanager
 def exit_codes(ctx: click.Context) -> Iterator[None]:
     """Inside, errors end the command with their line and exit code; ``--traceback`` adds the rest."""
+    with _interrupts_noted() as interrupted:
+        try:
+            with _coded(ctx):
+                yield
+        except Exception as exc:
+            # An interrupt amid an import may come out as any error: numpy makes an ImportError of it.
+            if interrupted and not isinstance(exc, click.exceptions.Exit):
+                raise Failure("interrupted", INTERRUPTED, _details(ctx, exc)) from exc
+            raise
+
+
+@contextlib.contextmanager
+def _interrupts_noted() -> Iterator[list[int]]:
+    """Inside, Ctrl-C is written down beside being raised, where Python's own handler would raise it."""
+    noted: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        noted.append(number)
+        signal.default_int_handler(number, frame)
+
+    is_ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not is_ours or threading.current_thread() is not threading.main_thread():
+        yield noted
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextlib.contextmanager
+def _coded(ctx: click.Context) -> Iterator[None]:
     try:
         with _plain_warnings():
             yield

@@ -205,7 +205,10 @@ def probe(
         else:
             raise InvalidArgumentError("sweep", sweep, "left out: it varies an option of a TARGET, not of a command")
     if json_path is not None:
-        json_path.write_text(text + "\n", encoding="utf-8")
+        try:
+            json_path.write_text(text + "\n", encoding="utf-8")
+        except OSError as exc:  # it could be written to before the probe
+            raise InvalidArgumentError("json", str(json_path), f"a file that can be written ({exc.strerror})") from exc
 
 
 @contextlib.contextmanager

@@ -191,7 +191,7 @@ def _check(*, headroom: Any, steps: Any, isolate: Any, on_trial: Any) -> None:
         raise InvalidArgumentError("headroom", headroom, "a fraction from 0 to below 1")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 2:
         raise InvalidArgumentError("steps", steps, "a whole number of at least 2")
-    if isolate not in (True, False, "auto"):
+    if not isinstance(isolate, bool) and isolate != "auto":
         raise InvalidArgumentError("isolate", isolate, "True, False or 'auto'")
     if on_trial is not None and not callable(on_trial):
         raise InvalidArgumentError("on_trial", on_trial, "a function of a Trial, or None")

@@ -161,7 +161,8 @@ def _by_reference(builder: Callable[..., Any]) -> bytes:
         payload = pickle.dumps(builder)
     except Exception as exc:
         raise InvalidArgumentError("workload", builder, allowed) from exc
-    if b"__main__" in payload and not hasattr(sys.modules["__main__"], "__file__"):
+    main = getattr(sys.modules["__main__"], "__file__", None)  # "<stdin>" for a script that is piped in
+    if b"__main__" in payload and (main is None or not os.path.exists(main)):
         raise InvalidArgumentError("workload", builder, allowed)
     return payload
 

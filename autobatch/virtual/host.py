@@ -20,6 +20,7 @@ _MACHINES = ("x86_64", "aarch64")
 _NEEDED_HEADERS = ("cuda.h", "cudnn.h", "nccl.h")
 _HEADER_PACKAGES = ("cu13", "cudnn", "nccl", "cusparselt")
 _OLDEST_CAPABILITY = (7, 5)  # CUDA 13 compiles for nothing older
+_TOO_NEW_CAPABILITY = (13, 0)  # torch 2.14.1+cu130 names sm_120 last (torch._C._cuda_getArchFlags), without PTX
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +56,14 @@ def check_kernels(card: Card) -> None:
     """Refuses a card on which this torch could compute nothing, because its build has no kernels for it.
 
     Raises:
-        DeviceNotFoundError: below compute capability 7.5, which CUDA 13 no longer compiles for.
+        DeviceNotFoundError: below compute capability 7.5, which CUDA 13 no longer compiles for, and from 13 on.
     """
-    if card.capability < _OLDEST_CAPABILITY:
+    if not _OLDEST_CAPABILITY <= card.capability < _TOO_NEW_CAPABILITY:
         torch = check_host()
+        which = "below 7.5" if card.capability < _OLDEST_CAPABILITY else "from 13.0 on"
         raise DeviceNotFoundError(
             f"{card.title} has compute capability {card.capability[0]}.{card.capability[1]}, and torch {torch.version} "
-            f"(CUDA {torch.cuda}) has no kernels below 7.5: training would fail there. "
+            f"(CUDA {torch.cuda}) has no kernels {which}: training would fail there. "
             "For the arithmetic of its memory alone, say any_capability=True (--any-capability)"
         )
 

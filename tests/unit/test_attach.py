@@ -153,6 +153,8 @@ def test_a_card_without_kernels_is_refused_with_the_reason():
         VirtualGPU("v100-16gb")
     with pytest.raises(DeviceNotFoundError, match=r"no kernels"):
         VirtualGPU("memory=8GiB,capability=6.1")
+    with pytest.raises(DeviceNotFoundError, match=r"99\.9.*no kernels from 13\.0 on"):
+        VirtualGPU("memory=24GiB,capability=99.9")
     assert VirtualGPU("v100-16gb", any_capability=True).card.capability == (7, 0)
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import resource
+import signal
 import subprocess
 import sys
+import time
 
 import click
 import pytest
@@ -110,6 +114,22 @@ ERRORS = [
 def test_an_error_is_one_line_on_stderr_and_a_code(failing, exc, code, line):
     shown = failing(exc)
     assert (shown.exit_code, shown.stdout, shown.stderr) == (code, "", f"Error: {line}\n")
+
+
+def test_an_interrupt_that_comes_out_as_another_error_is_one(monkeypatch):
+    """As numpy's import does with it."""
+
+    def fail() -> None:
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        raise ImportError("cannot load module more than once per process")
+
+    monkeypatch.setattr(main, "get_command", lambda ctx, name: click.Command("fail", callback=fail))
+    before = signal.getsignal(signal.SIGINT)
+    shown = run("fail")
+    assert (shown.exit_code, shown.stderr) == (130, "Error: interrupted\n")
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_traceback_shows_the_rest(failing):

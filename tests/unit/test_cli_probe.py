@@ -135,6 +135,11 @@ class TestOutput:
         assert "batch_size=8" in lines[8]
         assert len(lines) == 9
 
+    def test_a_name_that_the_terminal_cannot_show_is_no_reason_to_fail(self, asked):
+        shown = CliRunner(charset="ascii").invoke(main, ["probe", "hf:größe"])
+        assert shown.exit_code == 0, shown.output
+        assert "Target: hf:gr\\xf6\\xdfe" in shown.stdout
+
     def test_json_is_written_and_reads_back(self, asked, tmp_path: Path):
         path = tmp_path / "result.json"
         assert run("hf:gpt2", "--json", str(path)).exit_code == 0
@@ -148,6 +153,13 @@ class TestOutput:
         assert (shown.exit_code, asked) == (2, [])
         assert "cannot be written" in shown.stderr
         assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is full, as Linux has one")
+    def test_a_disk_that_fills_while_it_is_probed_is_one_line_after_the_answer(self, asked):
+        shown = run("hf:gpt2", "--json", "/dev/full")
+        assert shown.exit_code == 2
+        assert "Largest batch on fake device: 8" in shown.stdout
+        assert shown.stderr.startswith("Error: json='/dev/full': must be a file that can be written (No space left")
 
     def test_trying_the_output_leaves_an_old_file_as_it_was(self, asked, monkeypatch, tmp_path: Path):
         path = tmp_path / "old.json"

@@ -193,6 +193,7 @@ def test_a_limit_below_the_model_says_what_the_model_needs() -> None:
         ({"memory_limit": "lots"}, "memory_limit"),
         ({"steps": 1}, "steps"),
         ({"isolate": "maybe"}, "isolate"),
+        ({"isolate": 1}, "isolate"),
         ({"time_limit_s": 0}, "time_limit_s"),
         ({"on_trial": 3}, "on_trial"),
     ],
@@ -244,6 +245,15 @@ def test_a_step_whose_state_is_not_named_says_that_nothing_was_put_back() -> Non
 def test_state_must_be_a_list() -> None:
     with pytest.raises(InvalidArgumentError, match="state=5"):
         find(fake().step, state=5, device=fake())
+
+
+def test_a_script_that_is_piped_in_cannot_be_found_by_its_child() -> None:
+    script = (
+        "import autobatch\nfrom tests.workloads import small\ndef build():\n    return small.build()\n"
+        "autobatch.find(build, device='t4', max_batch_size=2)\n"
+    )
+    done = subprocess.run([sys.executable, "-"], input=script, check=False, capture_output=True, text=True)
+    assert "must be importable by name" in done.stderr
 
 
 def test_a_script_without_the_guard_is_told_to_have_one(tmp_path: Path) -> None:

@@ -66,6 +66,8 @@ class TestNames:
         with pytest.raises(InvalidArgumentError, match="build_model"):
             parse_target(f"{path}:biuld_model", NOTHING)
         assert isinstance(parse_target(f"{path}:other", NOTHING), FunctionTarget)
+        with pytest.raises(InvalidArgumentError, match="none that looks like it; there are build_model, other"):
+            parse_target(f"{path}:zzz", NOTHING)
 
     @pytest.mark.parametrize(
         ("text", "near"),

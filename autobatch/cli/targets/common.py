@@ -53,9 +53,12 @@ def refuse(options: ModelOptions, option: str, whom: str) -> None:
         raise InvalidArgumentError(option, value, f"left out: it means nothing to {whom}")
 
 
-def nearest(name: str, known: Iterable[str], *, count: int = 5) -> str:
-    """The names in ``known`` that look most like ``name``, as one string."""
-    return ", ".join(difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)) or "none that looks like it"
+def nearest(name: str, known: Iterable[str], *, count: int = 5, few: bool = False) -> str:
+    """The names in ``known`` that look most like ``name``, as one string; where none does and they are few, all."""
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=count, cutoff=0.5)
+    every = f"; there are {', '.join(sorted(names))}" if few and names else ""
+    return ", ".join(near) or f"none that looks like it{every}"
 
 
 def trained(

@@ -115,7 +115,7 @@ def _check_defined(text: str, path: Path, function: str) -> None:
     names = set(_names(tree.body))
     if "*" not in names and function.split(".")[0] not in names:
         raise InvalidArgumentError(
-            "target", text, f"a function of {path.name}; nearest to {function!r}: {nearest(function, names)}"
+            "target", text, f"a function of {path.name}; nearest to {function!r}: {nearest(function, names, few=True)}"
         )
 
 
