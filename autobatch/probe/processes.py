@@ -76,7 +76,9 @@ class Server:
                 talk.send(job)
                 self.can_fork = bool(_answer(talk, answer_within_s, "importing the workload"))
         except EOFError:
-            raise WorkloadFailedError(f"the child process {_end(self.process.wait())} while it imported") from None
+            raise WorkloadFailedError(
+                f"the child process {_end(_as_wait_status(self.process.wait()))} while it imported"
+            ) from None
         finally:
             if not hasattr(self, "can_fork"):
                 self.close()
@@ -104,7 +106,7 @@ class Server:
         while len(data) < PID.size:
             part = self.channel.recv(PID.size - len(data))
             if not part:
-                raise WorkloadFailedError(f"the child process {_end(self.process.wait())}")
+                raise WorkloadFailedError(f"the child process {_end(_as_wait_status(self.process.wait()))}")
             data += part
         number: int = PID.unpack(data)[0]
         return number
@@ -181,8 +183,10 @@ def _answer(connection: Connection, within_s: float, doing: str) -> Any:
 
 
 def _end(status: int) -> str:
-    number = os.WTERMSIG(status) if status >= 0 and os.WIFSIGNALED(status) else -status if status < 0 else 0
-    return f"was killed by {signal.Signals(number).name}" if number else "ended without an answer"
+    """How a process ended, from its wait status."""
+    if os.WIFSIGNALED(status):
+        return f"was killed by {signal.Signals(os.WTERMSIG(status)).name}"
+    return f"ended with exit code {os.WEXITSTATUS(status)} and without an answer"
 
 
 def _as_wait_status(returncode: int) -> int:

@@ -129,6 +129,12 @@ def test_what_building_raises_is_raised_here() -> None:
         child.setting()
 
 
+def test_a_child_that_leaves_while_it_builds_is_told_with_its_exit_code() -> None:
+    told = "the child process ended with exit code 9 and without an answer while it built the workload"
+    with executor(small.leaves_while_built) as child, pytest.raises(WorkloadFailedError, match=told):
+        child.setting()
+
+
 def test_a_model_that_alone_is_too_large_says_how_many_bytes_it_needs() -> None:
     from autobatch.probe.worker import build
 

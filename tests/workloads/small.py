@@ -93,6 +93,10 @@ def fails_while_built() -> Workload:
     raise LookupError("no such model")
 
 
+def leaves_while_built() -> Workload:
+    os._exit(9)
+
+
 def returns_nothing() -> None:
     """Not a workload."""
 
