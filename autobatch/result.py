@@ -74,10 +74,11 @@ class Trial:
 class BatchSizeResult:
     """The answer of a search. ``str()`` prints it as a table, ``repr()`` as one line.
 
-    ``batch_size`` was run: it is in ``trials`` and in ``confirmation``. ``proof`` says why the search stopped there:
-    ``next_size_failed`` (the next permitted size does not fit), ``stepped_down`` (``smallest_failure`` fitted once and
-    did not keep fitting, and not every size between was tried), ``max_batch_size`` or ``dataset`` (a cap was reached),
-    ``memory_model`` (the caller chose to provoke no failure), ``time_limit``.
+    ``batch_size`` was run: it is in ``trials``, or, where a larger size was not confirmed, in ``confirmation`` alone.
+    ``proof`` says why the search stopped there: ``next_size_failed`` (the next permitted size does not fit),
+    ``stepped_down`` (``smallest_failure`` was not confirmed, and not every size between was tried),
+    ``max_batch_size`` or ``dataset`` (a cap was reached), ``memory_model`` (the caller chose to provoke no failure),
+    ``time_limit``.
     """
 
     batch_size: int
@@ -87,7 +88,8 @@ class BatchSizeResult:
     trials: tuple[Trial, ...]
     """Every size tried, in the order tried."""
     confirmation: tuple[Trial, ...] = ()
-    """The runs that confirmed the answer, one for each history; together they count as one trial."""
+    """The runs in confirming, one for each history of each candidate; together they count as one trial. Empty where a
+    remembered answer was confirmed by a trial."""
     eval_batch_size: int | None = None
     """The largest size for evaluation, where the workload has one."""
     headroom: float = 0.0
@@ -107,7 +109,7 @@ class BatchSizeResult:
 
     @property
     def oom_count(self) -> int:
-        """Failures provoked, in the search and in confirming."""
+        """Out-of-memory failures provoked, in the search and in confirming."""
         return sum(t.outcome is Outcome.OOM for t in (*self.trials, *self.confirmation))
 
     @property

@@ -18,7 +18,8 @@ _SPARE_TRIALS = 2  # what guesses may cost, at worst, above plain growth and bis
 
 @dataclass(slots=True, kw_only=True)
 class Bracket:
-    """The largest rank that fitted, ``low`` (0 for none), and the smallest above it that did not, ``high``.
+    """The largest rank that fitted, ``low`` (0 for none; in stepping down, the candidate, which need not have been
+    asked), and the smallest above it that did not, ``high``.
 
     Ranks count the permitted sizes (:class:`~autobatch.probe.rounding.Rounding`). Only ranks strictly inside are asked:
     so none is asked twice, and every answer shrinks the bracket.

@@ -18,7 +18,7 @@ from autobatch.probe.command_executor import CommandExecutor
 from autobatch.probe.executor import Executor, LocalExecutor
 from autobatch.probe.fork import forks_are_safe
 from autobatch.probe.guess import WITHIN_S, twin_of, virtual_guess
-from autobatch.probe.inquiry import SHUFFLES, SHUFFLES_AT_THE_EDGE, Inquiry, capacity, least
+from autobatch.probe.inquiry import FRESH_AT_THE_EDGE, SHUFFLES, SHUFFLES_AT_THE_EDGE, Inquiry, capacity, least
 from autobatch.probe.isolation import ChildExecutor, ForkExecutor, is_importable
 from autobatch.probe.lock import device_lock
 from autobatch.probe.recall import Recall
@@ -108,6 +108,7 @@ def find(
             setting=setting,
             steps=steps,
             shuffles=SHUFFLES if headroom else SHUFFLES_AT_THE_EDGE,
+            fresh=FRESH_AT_THE_EDGE if place.isolation().anew and not headroom else 1,
             capacity_bytes=capacity(setting, limit_bytes, headroom),
             is_restricted=headroom > 0 or limit_bytes is not None or not place.ends_by_itself,
             on_trial=on_trial,

@@ -24,6 +24,11 @@ SHUFFLES, SHUFFLES_AT_THE_EDGE = 8, 20
 an order that was not tried."""
 
 
+FRESH_AT_THE_EDGE = 3
+"""Fresh processes that an answer must survive without headroom where no two are alike, as on host memory: what malloc
+keeps differs from one to the next by a sample or two, and no margin covers that."""
+
+
 @dataclass(kw_only=True)
 class Inquiry:
     """One call of find(), once its device and its workload are there."""
@@ -32,6 +37,8 @@ class Inquiry:
     setting: Setting
     steps: int
     shuffles: int
+    fresh: int
+    """How many fresh processes confirm a candidate."""
     capacity_bytes: int | None
     is_restricted: bool
     on_trial: Callable[[Trial], None] | None
@@ -50,6 +57,7 @@ class Inquiry:
             setting=executor.setting(),
             steps=self.steps,
             shuffles=self.shuffles,
+            fresh=self.fresh,
             capacity_bytes=self.capacity_bytes,
             is_restricted=self.is_restricted,
             on_trial=None,
@@ -124,7 +132,7 @@ class Inquiry:
         extent = self.setting.data.get(mode)
         seeds = range(self.shuffles if extent is not None and extent.varies else 0)
         shuffled = [replace(fresh, history=f"shuffled epoch {seed + 1}", shuffle_seed=seed) for seed in seeds]
-        attempts = self.executor.confirm((fresh, after_small, *shuffled))
+        attempts = self.executor.confirm((*[fresh] * self.fresh, after_small, *shuffled))
         self.confirmation += [self._told(attempt.trial) for attempt in attempts]
         return attempts[-1].trial
 

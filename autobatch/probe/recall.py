@@ -43,6 +43,7 @@ class Recall:
         self._question: Mapping[str, Any] | None = None
         if cache is None:
             return
+        self._where = executor.where
         signature = executor.signature(start)
         if signature.text is None:
             self.notes.append(f"Not kept in the cache: {signature.reason}.")
@@ -80,7 +81,11 @@ class Recall:
             trials=tuple(trials),
             confirmation=(),
             budget_bytes=self._budget_bytes,
-            environment={**self._setting.environment, "workload": self._setting.name},
+            environment={
+                **self._setting.environment,
+                "workload": self._setting.name,
+                "trials_in": self._where,
+            },
             notes=(*found.notes, _origin(entry, len(trials))),
         )
 

@@ -156,13 +156,18 @@ def _fork_is_safe() -> bool:
     server = os.getpid()
     pid = os.fork()
     if pid == 0:
-        end_with_parent(server)  # it may hang, and then only its parent's end is left to end it
-        torch.ones(1 << 18).add_(1)  # large enough for torch to share it out among its threads
-        os._exit(0)
+        status = 1
+        try:
+            end_with_parent(server)  # it may hang, and then only its parent's end is left to end it
+            torch.ones(1 << 18).add_(1)  # large enough for torch to share it out among its threads
+            status = 0
+        finally:
+            os._exit(status)
     deadline_s = time.monotonic() + 2
     while time.monotonic() < deadline_s:
-        if os.waitpid(pid, os.WNOHANG)[0] == pid:
-            return True
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return status == 0
         time.sleep(0.005)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
