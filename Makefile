@@ -12,7 +12,7 @@ PYTEST := $(RUN) -m pytest -q
 .PHONY: demo check test slow fix gpu bench clean
 
 demo: $(READY)  ## the main job on a real model: the largest batch of GPT-2 on an A100 that is not there
-	$(RUN) -m autobatch probe hf:gpt2 --seq-len 1024 --device a100-40gb
+	$(RUN) -m autobatch probe hf:gpt2 --seq-len 1024 --device a100-40gb --no-cache
 
 check: $(READY)  ## format, lint, types
 	$(RUN) -m ruff format --check .
