@@ -17,6 +17,8 @@ from autobatch.errors import InvalidArgumentError
 from autobatch.units import format_bytes, format_seconds
 
 FORMAT_VERSION = 1
+SHUFFLED = "shuffled epoch"
+"""How the ``history`` of a run that took shuffled batches begins; its number follows."""
 PROOFS = ("next_size_failed", "stepped_down", "max_batch_size", "dataset", "memory_model", "time_limit")
 
 
@@ -203,17 +205,19 @@ def _table(result: BatchSizeResult) -> list[str]:
 def folded(trials: Iterable[Trial]) -> list[Trial]:
     """``trials`` for a person: shuffled epochs that the same size survived are one row, that of the highest peak."""
     rows: list[Trial] = []
-    for _, run in itertools.groupby(
-        trials, key=lambda t: t.fits and "shuffled" in t.history and (t.batch_size, t.mode)
-    ):
+    for survived, run in itertools.groupby(trials, key=_shuffled_and_fits):
         same = list(run)
-        if len(same) == 1 or "shuffled" not in same[0].history or not same[0].fits:
+        if survived is None or len(same) == 1:
             rows += same
         else:
             highest = max(same, key=lambda t: (t.measurement and t.measurement.peak_reserved_bytes) or 0)
             took_s = sum(trial.duration_s for trial in same)
-            rows.append(replace(highest, duration_s=took_s, history=f"{len(same)} shuffled epochs"))
+            rows.append(replace(highest, duration_s=took_s, history=f"{len(same)} {SHUFFLED}s"))
     return rows
+
+
+def _shuffled_and_fits(trial: Trial) -> tuple[int, str] | None:
+    return (trial.batch_size, trial.mode) if trial.fits and trial.history.startswith(SHUFFLED) else None
 
 
 def _conclusion(result: BatchSizeResult) -> str:

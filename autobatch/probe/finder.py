@@ -22,7 +22,7 @@ from autobatch.probe.inquiry import FRESH_AT_THE_EDGE, SHUFFLES, SHUFFLES_AT_THE
 from autobatch.probe.isolation import ChildExecutor, ForkExecutor, is_importable
 from autobatch.probe.lock import device_lock
 from autobatch.probe.recall import Recall
-from autobatch.probe.search import check_arguments
+from autobatch.probe.search_arguments import check_arguments
 from autobatch.probe.source import Source, builder_of, check_placed, source_of
 from autobatch.probe.state import preserved
 from autobatch.probe.worker import build, check_not_importing_main
@@ -119,7 +119,8 @@ def find(
         budget_bytes = least(setting.budget_bytes, limit_bytes)
         recall = Recall(answers, executor, setting, budget_bytes, start=start, options=options)
         if (known := recall.answer(inquiry.check)) is not None:
-            return replace(known, duration_s=time.monotonic() - started_s)
+            notes = (*known.notes, *limit_notes(limit_bytes, setting.budget_bytes, setting.environment))
+            return replace(known, notes=notes, duration_s=time.monotonic() - started_s)
         guess = recall.first_guess or first_guess
         if guess is None and (card := twin_of(place.info(), setting.budget_bytes)) is not None:
             guess, said = virtual_guess(

@@ -13,7 +13,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -23,7 +22,7 @@ import torch
 
 from autobatch.device.process import share_heap
 from autobatch.probe.executor import LocalExecutor
-from autobatch.probe.worker import answer_all, end_with_parent, run_and_end
+from autobatch.probe.worker import answer_all, end_with_parent, ended_well, run_and_end
 
 _TRIED_WITHIN_S = 5.0
 
@@ -65,12 +64,7 @@ def forks_are_safe() -> bool:
     Where a backward pass has used an accelerator's threads, torch refuses it in a fork; and a lock that another thread
     holds is held for ever there.
     """
-    pid = _fork(_train_a_little)
-    deadline_s = time.monotonic() + _TRIED_WITHIN_S
-    while time.monotonic() < deadline_s and not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG):
-        time.sleep(0.002)
-    os.kill(pid, signal.SIGKILL)  # it has ended by now, or hangs
-    return _end_session(pid) == 0
+    return ended_well(_fork(_train_a_little), within_s=_TRIED_WITHIN_S)
 
 
 def _train_a_little() -> NoReturn:

@@ -13,7 +13,7 @@ from autobatch.probe.data import search_within
 from autobatch.probe.executor import Executor, Setting
 from autobatch.probe.search import SearchAnswer
 from autobatch.probe.trial import Attempt, TrialRequest
-from autobatch.result import BatchSizeResult, Trial
+from autobatch.result import SHUFFLED, BatchSizeResult, Trial
 from autobatch.units import format_bytes
 
 CONFIRM_STEPS = 20
@@ -131,7 +131,7 @@ class Inquiry:
         after_small = replace(fresh, history="smaller batches", sizes_before=before)
         extent = self.setting.data.get(mode)
         seeds = range(self.shuffles if extent is not None and extent.varies else 0)
-        shuffled = [replace(fresh, history=f"shuffled epoch {seed + 1}", shuffle_seed=seed) for seed in seeds]
+        shuffled = [replace(fresh, history=f"{SHUFFLED} {seed + 1}", shuffle_seed=seed) for seed in seeds]
         attempts = self.executor.confirm((*[fresh] * self.fresh, after_small, *shuffled))
         self.confirmation += [self._told(attempt.trial) for attempt in attempts]
         return attempts[-1].trial

@@ -30,36 +30,18 @@ from autobatch.probe.worker import Job
 from autobatch.result import Outcome, Trial
 
 
-class ChildExecutor:
-    """Trials of a workload that a child process builds. It starts with the first question.
+class _WorkerExecutor:
+    """Trials in workers, which come with the first question from what ``start`` makes.
 
     Args:
-        builder: picklable by reference; returns the Workload.
-        isolation: what the device says its child needs.
+        start: makes where the workers come from.
+        anew: whether every trial needs a worker of its own.
         answer_within_s: a worker that is silent for so long is given up.
-
-    Raises:
-        InvalidArgumentError: if ``builder`` cannot be found by name in another process.
-        DeviceError: where the platform cannot fork.
     """
 
-    where = "child processes"
+    where = "processes of their own"
 
-    def __init__(
-        self, builder: Callable[..., Any], isolation: Isolation, *, answer_within_s: float = ANSWER_WITHIN_S
-    ) -> None:
-        if not hasattr(os, "fork") or not hasattr(socket, "recv_fds"):
-            raise DeviceError("trials in a child process need Linux or macOS; isolate=False runs them in this one")
-        job = Job(
-            payload=_by_reference(builder),
-            preparation=_preparation(builder),
-            device=isolation.device,
-            memory_limit_bytes=isolation.memory_limit_bytes,
-        )
-        environment = {**os.environ, **child_environment(), **isolation.environment}
-        self._serve_with(lambda: Server(job, environment, answer_within_s), isolation.anew, answer_within_s)
-
-    def _serve_with(self, start: Callable[[], Server | Forks], anew: bool, answer_within_s: float) -> None:
+    def __init__(self, start: Callable[[], Server | Forks], *, anew: bool, answer_within_s: float) -> None:
         self._start, self._anew, self._answer_within_s = start, anew, answer_within_s
         self._server: Server | Forks | None = None
         self._worker: Worker | None = None
@@ -90,7 +72,7 @@ class ChildExecutor:
         for request in requests:
             if attempts and not attempts[-1].trial.fits:
                 break
-            if not request.shuffle_seed:
+            if request.shuffle_seed is None or request.shuffle_seed == 0:
                 # One shuffled epoch may follow another: each begins with empty caches and a new optimizer, and fails
                 # where it fails in a process of its own, at a third of the time.
                 self._retire()
@@ -140,7 +122,39 @@ class ChildExecutor:
             self._worker = None
 
 
-class ForkExecutor(ChildExecutor):
+class ChildExecutor(_WorkerExecutor):
+    """Trials of a workload that a child process builds.
+
+    Args:
+        builder: picklable by reference; returns the Workload.
+        isolation: what the device says its child needs.
+        answer_within_s: a worker that is silent for so long is given up.
+
+    Raises:
+        InvalidArgumentError: if ``builder`` cannot be found by name in another process.
+        DeviceError: where the platform cannot fork.
+    """
+
+    where = "child processes"
+
+    def __init__(
+        self, builder: Callable[..., Any], isolation: Isolation, *, answer_within_s: float = ANSWER_WITHIN_S
+    ) -> None:
+        if not hasattr(os, "fork") or not hasattr(socket, "recv_fds"):
+            raise DeviceError("trials in a child process need Linux or macOS; isolate=False runs them in this one")
+        job = Job(
+            payload=_by_reference(builder),
+            preparation=_preparation(builder),
+            device=isolation.device,
+            memory_limit_bytes=isolation.memory_limit_bytes,
+        )
+        environment = {**os.environ, **child_environment(), **isolation.environment}
+        super().__init__(
+            lambda: Server(job, environment, answer_within_s), anew=isolation.anew, answer_within_s=answer_within_s
+        )
+
+
+class ForkExecutor(_WorkerExecutor):
     """Trials of live objects in forks of this process, one for each, whose end undoes what they did.
 
     A trial finds the heap as this process goes on to train with it.
@@ -149,7 +163,7 @@ class ForkExecutor(ChildExecutor):
     where = "forks of this process"
 
     def __init__(self, live: LocalExecutor, *, answer_within_s: float = ANSWER_WITHIN_S) -> None:
-        self._serve_with(lambda: Forks(live), True, answer_within_s)
+        super().__init__(lambda: Forks(live), anew=True, answer_within_s=answer_within_s)
 
 
 def _by_reference(builder: Callable[..., Any]) -> bytes:

@@ -12,10 +12,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from autobatch.errors import DoesNotFitError, InvalidArgumentError
+from autobatch.errors import DoesNotFitError
 from autobatch.probe.bracket import LONGEST_JUMP, Ask, Bracket
 from autobatch.probe.memory_fit import MemoryFit
-from autobatch.probe.rounding import Rounding
+from autobatch.probe.search_arguments import check_arguments
 from autobatch.result import Trial
 
 # Tuned on trials recorded on virtual cards (tests/data/oracles_*.json). Each changes what a search costs, none what it
@@ -23,7 +23,7 @@ from autobatch.result import Trial
 _SPARED = 0.975  # at most so much of the bound is aimed at, for the allocator cannot reuse all that it holds
 _NEAR = 1.04  # an aim at most this many times the size is not worth a jump
 _SHORT = 0.8  # the part of the way to the aim that one jump goes while the bound is not steady
-_BEYOND = 1 / 5  # the part of the way to the bound to go at least beyond the aim, for less is not worth a trial
+_BEYOND = 1 / 5  # once the aim is reached, the part of the way to the bound to go at least: less is not worth a trial
 _TOWARDS = 0.85  # the part of the way from there to the bound to go next
 _FALL = 1 / 40  # this part of the size below a refuted aim to look next
 _SPLIT = 0.43  # where to part a bracket about which nothing is known: below the middle, for a failure costs more
@@ -78,7 +78,7 @@ def search(
 
     Raises:
         DoesNotFitError: not even the smallest permitted size fits.
-        InvalidArgumentError: see :func:`check_arguments`.
+        InvalidArgumentError: see :func:`~autobatch.probe.search_arguments.check_arguments`.
     """
     rounding = check_arguments(
         start=start,
@@ -201,7 +201,7 @@ def _close(bracket: Bracket) -> None:
         rank = (low + high) // 2 if bracket.aim is None else low + round(_SPLIT * (high - low))
         if high - low <= 3:
             rank = high - 1 if aim >= high else low + 1  # of two sizes that are left the one that the aim favours
-        elif low < aim < high and (not aimed or high - low > _OPEN * low):
+        elif low < aim < high and (not aimed or bracket.rounding.size(high) - bracket.size > _OPEN * bracket.size):
             rank, aimed = aim, True
         elif aim <= low <= (bound := bracket.rank(bracket.bound or 0)) < high - 1:
             rank = bound + 1  # the failure above was a guess from far off
@@ -275,45 +275,3 @@ def _timer(limit_s: float | None, clock: Callable[[], float]) -> Callable[[], bo
         return lambda: False
     deadline_s = clock() + limit_s
     return lambda: clock() >= deadline_s
-
-
-def check_arguments(
-    *,
-    start: int = 1,
-    max_batch_size: int | None = None,
-    multiple_of: int | str = "auto",
-    growth: float = 2.0,
-    capacity_bytes: int | None = None,
-    first_guess: int | None = None,
-    avoid_oom: bool = False,
-    time_limit_s: float | None = None,
-) -> Rounding:
-    """Checks the arguments of :func:`search` without asking anything; returns the rounding they mean.
-
-    Raises:
-        InvalidArgumentError: naming the argument, its value and what is allowed.
-    """
-    rounding = Rounding(multiple_of)
-    _check_count("start", start)
-    optional = {"max_batch_size": max_batch_size, "capacity_bytes": capacity_bytes, "first_guess": first_guess}
-    for name, count in optional.items():
-        if count is not None:
-            _check_count(name, count)
-    if not isinstance(avoid_oom, bool):
-        raise InvalidArgumentError("avoid_oom", avoid_oom, "True or False")
-    if not _is_number(growth) or not 1 < growth < math.inf:
-        raise InvalidArgumentError("growth", growth, "a finite number above 1")
-    if time_limit_s is not None and (not _is_number(time_limit_s) or not time_limit_s > 0):
-        raise InvalidArgumentError("time_limit_s", time_limit_s, "a positive number of seconds, or None")
-    if max_batch_size is not None and not rounding.rank(max_batch_size):
-        raise InvalidArgumentError("max_batch_size", max_batch_size, f"at least multiple_of, {multiple_of}")
-    return rounding
-
-
-def _check_count(argument: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InvalidArgumentError(argument, value, "a positive whole number")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

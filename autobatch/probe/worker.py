@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # a server imports torch when it is told to, not before
 
 PID = struct.Struct("q")  # what the server writes to its socket: a worker's pid, then how it ended
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_TRIED_WITHIN_S = 2.0  # a parallel operator takes milliseconds, or for ever
 
 
 _importing_main = False
@@ -163,7 +164,12 @@ def _fork_is_safe() -> bool:
             status = 0
         finally:
             os._exit(status)
-    deadline_s = time.monotonic() + 2
+    return ended_well(pid, within_s=_TRIED_WITHIN_S)
+
+
+def ended_well(pid: int, *, within_s: float) -> bool:
+    """Whether the child ``pid`` ends with 0 before the deadline, at which it is killed. It is reaped."""
+    deadline_s = time.monotonic() + within_s
     while time.monotonic() < deadline_s:
         ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:

@@ -167,6 +167,14 @@ def test_tells_what_the_process_used(tmp_path):
     assert row.process == f"{Path(sys.executable).name} train.py"
 
 
+def test_a_probe_in_it_says_in_its_first_line_that_the_gpu_is_virtual(tmp_path):
+    # As `autobatch probe` describes its device: without a context, so from what the driver's library tells.
+    code = "from autobatch.cli.devices import identify; from autobatch.device.local import resolve_local as here; "
+    code += "print(identify(here('cuda:0')).virtual)"
+    done = run("--gpu", "t4", "--", sys.executable, "-c", code, folder=tmp_path)
+    assert (done.exit_code, done.stdout) == (0, "True\n"), done.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "ending", "exit_code"),
     [([], "os._exit(3)", 3), ([], "os.kill(os.getpid(), 9)", 137), (["-I"], "sys.exit(5)", 5)],

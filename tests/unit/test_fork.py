@@ -16,10 +16,12 @@ import pytest
 import torch
 from torch import nn
 
-from autobatch import BatchSizeResult, InvalidArgumentError, Workload, find
+from autobatch import BatchSizeResult, InvalidArgumentError, VirtualGPU, Workload, find
 from autobatch.device.host import HostDevice
 from autobatch.probe import fork
 from autobatch.probe.state import fingerprint
+from autobatch.testing import FakeDevice
+from autobatch.units import GIB
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="host memory is limited on Linux alone")
 
@@ -142,4 +144,6 @@ def test_in_this_process_when_asked_to_or_where_a_fork_hangs(monkeypatch: pytest
 
 
 def test_the_host_alone_says_that_a_fork_can_try_what_is_here() -> None:
+    others = (FakeDevice(GIB, lambda n: n), VirtualGPU("t4"))
     assert HostDevice().isolation().forks
+    assert not [device for device in others if device.isolation().forks]

@@ -49,6 +49,7 @@ WITHOUT_TORCH = (
     "probe/cache",
     "probe/lock",
     "probe/search",
+    "probe/search_arguments",
     "probe/sweep",
     "pytest_plugin",
     "report/plot",

@@ -76,6 +76,7 @@ def test_a_hit_is_confirmed_by_one_trial_and_says_so(bench):
     assert (second.batch_size, second.proof, second.smallest_failure) == (143, "next_size_failed", 144)
     assert [(t.batch_size, t.fits, t.steps) for t in second.trials] == [(143, True, 20)]
     assert (second.trial_count, second.confirmation) == (1, ())
+    assert second.environment == first.environment
     assert set(bench.device.steps) == {1, 143}  # the one is the sample that was looked at
 
 

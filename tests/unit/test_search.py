@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from autobatch.errors import DoesNotFitError, InvalidArgumentError
 from autobatch.probe.rounding import Rounding
-from autobatch.probe.search import SearchAnswer, check_arguments, search
+from autobatch.probe.search import SearchAnswer, search
+from autobatch.probe.search_arguments import check_arguments
 from autobatch.result import PROOFS, Measurement, Outcome, Trial
 
 CAPACITY = 10**12
@@ -221,8 +222,15 @@ def test_half_of_what_a_step_down_gave_up_is_asked_for_once_more() -> None:
 
 @pytest.mark.parametrize("options", [{"avoid_oom": True, "capacity_bytes": CAPACITY}, {"multiple_of": 8}])
 def test_nothing_more_is_asked_for_where_it_may_fail_or_gains_little(options: dict[str, Any]) -> None:
-    confirm = Confirm(lambda n: n < 900)
+    refused: list[int] = []
+
+    def first_is_refused(n: int) -> bool:
+        refused.append(n)
+        return len(refused) > 1
+
+    confirm = Confirm(first_is_refused)
     answer = search(affine(1000), confirm, **options)
+    assert len(confirm.asked) == 2  # the refusal, and the size stepped down to; nothing between is asked for
     assert confirm.asked[-1] == answer.batch_size
 
 
