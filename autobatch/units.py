@@ -32,9 +32,11 @@ def parse_bytes(value: int | float | str, *, argument: str = "bytes") -> int:
         if match is None or match[2].lower() not in _FACTORS:
             raise InvalidArgumentError(argument, value, _ALLOWED)
         number, factor = float(match[1]), _FACTORS[match[2].lower()]
-    if not 0 < number < float("inf") or (size := int(number * factor)) < 1:
+    size = number * factor
+    # A part of a byte is not a size: who writes 1.5 has forgotten the unit.
+    if not 1 <= size < float("inf") or (factor == 1 and not size.is_integer()):
         raise InvalidArgumentError(argument, value, _ALLOWED)
-    return size
+    return int(size)
 
 
 def format_bytes(size_bytes: int | None) -> str:

@@ -27,7 +27,9 @@ class AfterDashes(click.Command):
         return ["[OPTIONS]", "(TARGET | -- COMMAND...)"]
 
 
-def command_of(ctx: click.Context, target: str | None, options: ModelOptions, *, verbose: bool) -> Command | None:
+def command_of(
+    ctx: click.Context, target: str | None, options: ModelOptions, *, count: int, verbose: bool
+) -> Command | None:
     """The command after ``--``; None if there is none, and then there is a target.
 
     Raises:
@@ -40,6 +42,10 @@ def command_of(ctx: click.Context, target: str | None, options: ModelOptions, *,
     if words is None:
         if verbose:
             raise InvalidArgumentError("verbose", True, "left out: only a command after -- has output to show")
+        if count > 1:
+            raise InvalidArgumentError(
+                "count", count, "left out: a TARGET trains on one GPU, a command after -- on more"
+            )
         return None
     for name in ModelOptions.__dataclass_fields__:
         value: Any = getattr(options, name)

@@ -37,6 +37,7 @@ from autobatch.errors import (
 FOUND, DOES_NOT_FIT, BAD_USAGE, DEVICE_ERROR, WORKLOAD_FAILED, INTERNAL_ERROR, INTERRUPTED = 0, 1, 2, 3, 4, 70, 130
 
 _SHOWN_LINES = 24
+_NEEDS_TWO = "Expected more than 1 value per channel when training"  # torch/nn/functional.py, of batch norm
 _TRACEBACK_KEY = "autobatch.traceback"
 
 
@@ -166,7 +167,8 @@ def _own_traceback(exc: BaseException) -> str:
 
 def _workload_line(exc: BaseException) -> str:
     first = next(iter(str(exc).strip().splitlines()), "")
-    return f"the workload failed by itself: {type(exc).__name__}{': ' if first else ''}{first}"
+    hint = "; `--start 2` begins with two samples" if _NEEDS_TWO in first else ""
+    return f"the workload failed by itself: {type(exc).__name__}{': ' if first else ''}{first}{hint}"
 
 
 def _exit_code(exc: AutobatchError) -> int:

@@ -33,6 +33,12 @@ def _bytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int
         raise click.BadParameter(f"{value!r} must be {exc.allowed}") from exc
 
 
+def _only(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> str:
+    if len(values) > 1:
+        raise click.BadParameter(f"one name, not {len(values)}; a command with several ranks has --count")
+    return values[0] if values else "auto"
+
+
 def _multiple(ctx: click.Context, param: click.Parameter, value: str) -> int | str:
     if value in ("auto", "pow2"):
         return value
@@ -73,7 +79,8 @@ def _picture(ctx: click.Context, param: click.Parameter, value: str | None) -> P
     "--device",
     "--gpu",
     "device",
-    default="auto",
+    multiple=True,
+    callback=_only,
     metavar="NAME",
     help="auto (a GPU, else another accelerator, else host memory), a torch device such as cuda:0 or cpu, or a GPU "
     "that is not there: a100-40gb, rtx-3090, memory=24GiB,capability=8.6 (`autobatch devices --virtual` lists them).",
@@ -192,7 +199,7 @@ def probe(
       2  a wrong option or name         130  interrupted
     """
     model_options = ModelOptions(**{name: options.pop(name) for name in _MODEL_OPTIONS})
-    command = command_of(ctx, target, model_options, verbose=verbose)
+    command = command_of(ctx, target, model_options, count=count, verbose=verbose)
     # A picture is drawn of the trials, and the cache has them no more. A command is nothing that it could know again.
     if not options["cache"] or command is not None or (plot_path is not None and sweep is None):
         options["cache"] = None

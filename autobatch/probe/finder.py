@@ -12,6 +12,7 @@ from typing import Any, Literal
 from autobatch.device.base import Device
 from autobatch.errors import InvalidArgumentError
 from autobatch.probe.advice import limit_notes
+from autobatch.probe.building import build
 from autobatch.probe.cache import open_cache
 from autobatch.probe.command import Command
 from autobatch.probe.command_executor import CommandExecutor
@@ -25,7 +26,7 @@ from autobatch.probe.recall import Recall
 from autobatch.probe.search_arguments import check_arguments
 from autobatch.probe.source import Source, builder_of, check_placed, source_of
 from autobatch.probe.state import preserved
-from autobatch.probe.worker import build, check_not_importing_main
+from autobatch.probe.worker import check_not_importing_main
 from autobatch.probe.workload import Workload
 from autobatch.result import BatchSizeResult, Trial
 from autobatch.units import parse_bytes

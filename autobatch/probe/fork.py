@@ -28,23 +28,23 @@ _TRIED_WITHIN_S = 5.0
 
 
 class Forks:
-    """Makes workers as :class:`~autobatch.probe.processes.Server` does. Each is the leader of a session of its own."""
+    """A :class:`~autobatch.probe.processes.WorkerSource`. Each worker is the leader of a session of its own."""
 
     is_host = True
-    can_fork = True
+    makes_many = True
 
     def __init__(self, live: LocalExecutor) -> None:
         self._live, self._setting = live, live.setting()
         self._pid = 0
 
-    def fork(self) -> tuple[int, Connection]:
+    def start_worker(self) -> tuple[int, Connection]:
         """A new worker: its pid and the connection to it."""
         ours, theirs = socket.socketpair()
         with theirs:
             self._pid = _fork(lambda: self._be_worker(ours, Connection(theirs.detach())))
         return self._pid, Connection(ours.detach())
 
-    def exit_status(self) -> int:
+    def wait_status(self) -> int:
         """How the last worker ended, as ``waitpid`` tells it; waits for that, and ends what it started."""
         return _end_session(self._pid)
 

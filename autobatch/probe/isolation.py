@@ -23,7 +23,7 @@ from autobatch.errors import DeviceError, InvalidArgumentError, WorkloadFailedEr
 from autobatch.probe.executor import LocalExecutor, Setting
 from autobatch.probe.fork import Forks
 from autobatch.probe.lock import child_environment
-from autobatch.probe.processes import ANSWER_WITHIN_S, Server, Worker, WorkerLostError
+from autobatch.probe.processes import ANSWER_WITHIN_S, Server, Worker, WorkerLostError, WorkerSource
 from autobatch.probe.signature import Signature
 from autobatch.probe.trial import Attempt, TrialRequest
 from autobatch.probe.worker import Job
@@ -41,9 +41,9 @@ class _WorkerExecutor:
 
     where = "processes of their own"
 
-    def __init__(self, start: Callable[[], Server | Forks], *, anew: bool, answer_within_s: float) -> None:
+    def __init__(self, start: Callable[[], WorkerSource], *, anew: bool, answer_within_s: float) -> None:
         self._start, self._anew, self._answer_within_s = start, anew, answer_within_s
-        self._server: Server | Forks | None = None
+        self._source: WorkerSource | None = None
         self._worker: Worker | None = None
 
     def setting(self) -> Setting:
@@ -81,9 +81,9 @@ class _WorkerExecutor:
 
     def close(self) -> None:
         self._retire()
-        if self._server is not None:
-            self._server.close()
-            self._server = None
+        if self._source is not None:
+            self._source.close()
+            self._source = None
 
     def _run(self, request: TrialRequest) -> Attempt:
         """The trial; a worker lost for no reason of memory is replaced and the size asked once more."""
@@ -109,11 +109,11 @@ class _WorkerExecutor:
 
     def _living_worker(self) -> Worker:
         if self._worker is None:
-            if self._server is None or not self._server.can_fork:
-                if self._server is not None:
-                    self._server.close()
-                self._server = self._start()
-            self._worker = Worker(self._server, self._answer_within_s)
+            if self._source is None or not self._source.makes_many:
+                if self._source is not None:
+                    self._source.close()
+                self._source = self._start()
+            self._worker = Worker(self._source, self._answer_within_s)
         return self._worker
 
     def _retire(self) -> None:

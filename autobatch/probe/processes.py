@@ -14,16 +14,15 @@ import sys
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import autobatch
 from autobatch.device.oom import Tier, classify_exit
 from autobatch.errors import WorkloadFailedError
 from autobatch.probe.executor import Setting
-from autobatch.probe.fork import Forks
 from autobatch.probe.signature import Signature
 from autobatch.probe.trial import TrialRequest
-from autobatch.probe.worker import PID, Failure, Job, SignatureRequest
+from autobatch.probe.worker import NUMBER, Failure, Job, SignatureRequest
 from autobatch.result import Trial
 
 ANSWER_WITHIN_S = 600.0
@@ -53,6 +52,24 @@ class SilenceError(WorkloadFailedError):
     """A child process said nothing for too long."""
 
 
+class WorkerSource(Protocol):
+    """Where workers come from, one after the other."""
+
+    is_host: bool
+    """Whether they train on host memory, where a crash may be a refusal of memory."""
+    makes_many: bool
+    """False where it is a worker itself, and ends with it."""
+
+    def start_worker(self) -> tuple[int, Connection]:
+        """A new worker: its pid and the connection to it."""
+
+    def wait_status(self) -> int:
+        """How the last worker ended, as ``waitpid`` tells it; waits for that."""
+
+    def close(self) -> None:
+        """Ends what is left."""
+
+
 class Server:
     """The child that has imported everything. Its whole session is killed at the end, grandchildren included."""
 
@@ -74,26 +91,24 @@ class Server:
             talk = Connection(os.dup(ours.fileno()))
             with talk:
                 talk.send(job)
-                self.can_fork = bool(_answer(talk, answer_within_s, "importing the workload"))
+                self.makes_many = bool(_answer(talk, answer_within_s, "importing the workload"))
         except EOFError:
             raise WorkloadFailedError(
                 f"the child process {_end(_as_wait_status(self.process.wait()))} while it imported"
             ) from None
         finally:
-            if not hasattr(self, "can_fork"):
+            if not hasattr(self, "makes_many"):
                 self.close()
 
-    def fork(self) -> tuple[int, Connection]:
-        """A new worker: its pid and the connection to it."""
+    def start_worker(self) -> tuple[int, Connection]:
         ours, theirs = socket.socketpair()
         with theirs:
             socket.send_fds(self.channel, [b"f"], [theirs.fileno()])
         connection = Connection(ours.detach())
-        return (self._read_number() if self.can_fork else self.process.pid), connection
+        return (self._read_number() if self.makes_many else self.process.pid), connection
 
-    def exit_status(self) -> int:
-        """How the last worker ended, as ``waitpid`` tells it; waits for that."""
-        return self._read_number() if self.can_fork else _as_wait_status(self.process.wait())
+    def wait_status(self) -> int:
+        return self._read_number() if self.makes_many else _as_wait_status(self.process.wait())
 
     def close(self) -> None:
         self.channel.close()
@@ -103,24 +118,24 @@ class Server:
 
     def _read_number(self) -> int:
         data = b""
-        while len(data) < PID.size:
-            part = self.channel.recv(PID.size - len(data))
+        while len(data) < NUMBER.size:
+            part = self.channel.recv(NUMBER.size - len(data))
             if not part:
                 raise WorkloadFailedError(f"the child process {_end(_as_wait_status(self.process.wait()))}")
             data += part
-        number: int = PID.unpack(data)[0]
+        number: int = NUMBER.unpack(data)[0]
         return number
 
 
 class Worker:
     """One process that runs trials."""
 
-    def __init__(self, server: Server | Forks, answer_within_s: float) -> None:
-        self._server, self._answer_within_s = server, answer_within_s
+    def __init__(self, source: WorkerSource, answer_within_s: float) -> None:
+        self._source, self._answer_within_s = source, answer_within_s
         self._kills_before = out_of_memory_kills()
         self._status: int | None = None
         self.has_tried = False
-        self._pid, self._connection = server.fork()
+        self._pid, self._connection = source.start_worker()
         try:
             self.setting: Setting = _answer(self._connection, answer_within_s, "building the workload")
         except EOFError:
@@ -163,13 +178,13 @@ class Worker:
         """What the worker's end says about memory: the kernel kills for lack of it, a limit makes code crash."""
         number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
         killed_for_memory = out_of_memory_kills() != self._kills_before
-        exhausted = killed_for_memory if number == signal.SIGKILL else self._server.is_host
+        exhausted = killed_for_memory if number == signal.SIGKILL else self._source.is_host
         return classify_exit(number, memory_exhausted=exhausted)
 
     def _reap(self) -> int:
         if self._status is None:
             self._connection.close()
-            self._status = self._server.exit_status()
+            self._status = self._source.wait_status()
         return self._status
 
 

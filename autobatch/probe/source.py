@@ -9,8 +9,8 @@ from typing import Any
 
 from autobatch.device.base import Device
 from autobatch.errors import InvalidArgumentError
+from autobatch.probe.building import takes_device
 from autobatch.probe.command import Command
-from autobatch.probe.worker import takes_device
 from autobatch.probe.workload import Workload
 
 Source = Workload | Command | Callable[..., Any]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import importlib
-import inspect
 import os
 import pickle
 import signal
@@ -32,7 +31,7 @@ from autobatch.errors import InvalidArgumentError
 if TYPE_CHECKING:  # a server imports torch when it is told to, not before
     from autobatch.probe.executor import LocalExecutor
 
-PID = struct.Struct("q")  # what the server writes to its socket: a worker's pid, then how it ended
+NUMBER = struct.Struct("q")  # what the server writes to its socket: a worker's pid, then how it ended
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _TRIED_WITHIN_S = 2.0  # a parallel operator takes milliseconds, or for ever
 
@@ -105,8 +104,8 @@ def serve(descriptor: int) -> None:
             end_with_parent(server)
             _be_worker(Connection(descriptors[0]), channel, builder, job)
         os.close(descriptors[0])
-        channel.sendall(PID.pack(pid))
-        channel.sendall(PID.pack(os.waitpid(pid, 0)[1]))
+        channel.sendall(NUMBER.pack(pid))
+        channel.sendall(NUMBER.pack(os.waitpid(pid, 0)[1]))
 
 
 def portable(exc: BaseException) -> Failure:
@@ -202,6 +201,7 @@ def run_and_end(talk: Connection, work: Callable[[], NoReturn]) -> NoReturn:
 
 def _work(talk: Connection, builder: Callable[..., Any], job: Job) -> NoReturn:
     from autobatch.device.local import resolve_local
+    from autobatch.probe.building import build
     from autobatch.probe.executor import LocalExecutor
 
     device = resolve_local(job.device, memory_limit_bytes=job.memory_limit_bytes)
@@ -220,50 +220,6 @@ def answer_all(talk: Connection, executor: LocalExecutor) -> NoReturn:
             continue
         attempt = executor.run(request)
         talk.send((attempt.trial, portable(attempt.suspect) if attempt.suspect is not None else None))
-
-
-def build(builder: Callable[..., Any], torch_device: str) -> Any:
-    """The workload that ``builder`` makes, on ``torch_device``.
-
-    Raises:
-        DoesNotFitError: saying how many bytes the model needs, if it alone does not fit.
-    """
-    from autobatch.device.oom import Tier, classify
-    from autobatch.errors import DoesNotFitError
-    from autobatch.probe.workload import Workload
-
-    failure = None
-    try:
-        workload = _call(builder, torch_device)
-        if not isinstance(workload, Workload):
-            raise InvalidArgumentError("workload", workload, "a function that returns an autobatch.Workload")
-        workload.to(torch_device)
-        return workload
-    except Exception as exc:
-        if classify(exc) is not Tier.DEFINITE:
-            raise
-        failure = exc
-    raise DoesNotFitError(f"the model alone does not fit on {torch_device}: {_needs(builder)}") from failure
-
-
-def _call(builder: Callable[..., Any], torch_device: str) -> Any:
-    return builder(device=torch_device) if takes_device(builder) else builder()
-
-
-def takes_device(builder: Callable[..., Any]) -> bool:
-    """True if ``builder`` wants to know the device, to make its model there directly."""
-    return "device" in inspect.signature(builder).parameters
-
-
-def _needs(builder: Callable[..., Any]) -> str:
-    """How much the parameters and buffers take, counted on torch's device without memory where that is possible."""
-    from autobatch.units import format_bytes
-
-    if not takes_device(builder):
-        return "it ran out of memory while it was made"
-    model = builder(device="meta").model
-    size = sum(t.numel() * t.element_size() for t in {*model.parameters(), *model.buffers()})
-    return f"its parameters and buffers take {size} bytes ({format_bytes(size)})"
 
 
 def end_with_parent(parent_pid: int | None = None) -> None:

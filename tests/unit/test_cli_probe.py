@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from autobatch.cli import main
@@ -89,7 +90,7 @@ class TestOptions:
         monkeypatch.setattr(resolve, "resolve_device", resolved)
         run("hf:gpt2", "--gpu", "v100", "--any-capability")
         run("hf:gpt2", "--device", "cuda:1")
-        run("hf:gpt2", "--gpu", "l4", "--count", "2")
+        run("--gpu", "l4", "--count", "2", "--", "echo", "{batch_size}")
         assert seen == [("v100", True, 1), ("cuda:1", False, 1), ("l4", False, 2)]
 
     @pytest.mark.parametrize(
@@ -116,6 +117,29 @@ class TestOptions:
         assert not asked
         assert option in shown.stderr
         assert len(shown.stderr.splitlines()) == 1
+
+    @pytest.mark.parametrize(
+        ("line", "said"),
+        [
+            ("hf:gpt2 --gpu l4 --device cpu", "one name, not 2; a command with several ranks has --count"),
+            ("hf:gpt2 --gpu l4 --count 2", "--count 2: must be left out: a TARGET trains on one GPU"),
+        ],
+    )
+    def test_several_gpus_are_for_a_command(self, asked, line, said):
+        shown = run(*line.split())
+        assert (shown.exit_code, asked) == (2, [])
+        assert said in shown.stderr
+
+
+def test_batch_norm_that_fails_at_one_sample_hears_of_start(monkeypatch):
+    def find(workload: Any, **options: Any) -> BatchSizeResult:
+        torch.nn.BatchNorm1d(4)(torch.ones(1, 4))
+        raise AssertionError("torch refuses one value per channel")
+
+    monkeypatch.setattr(finder, "find", find)
+    shown = run("hf:gpt2", "--device", "cpu")
+    assert shown.exit_code == 4
+    assert shown.stderr.splitlines()[-1].endswith("; `--start 2` begins with two samples")
 
 
 class TestOutput:

@@ -198,6 +198,9 @@ def test_a_limit_below_the_model_says_what_the_model_needs() -> None:
         ({"isolate": 1}, "isolate"),
         ({"time_limit_s": 0}, "time_limit_s"),
         ({"on_trial": 3}, "on_trial"),
+        ({"memory_limit": 1.5}, "memory_limit"),
+        ({"memory_limit": "1.5"}, "memory_limit"),
+        ({"memory_limit": "0.4 B"}, "memory_limit"),
     ],
 )
 def test_wrong_arguments_are_named_before_anything_runs(change: dict[str, Any], argument: str) -> None:

@@ -136,7 +136,7 @@ def test_a_child_that_leaves_while_it_builds_is_told_with_its_exit_code() -> Non
 
 
 def test_a_model_that_alone_is_too_large_says_how_many_bytes_it_needs() -> None:
-    from autobatch.probe.worker import build
+    from autobatch.probe.building import build
 
     def builder(device: str) -> object:
         if device != "meta":
@@ -156,7 +156,7 @@ def test_what_no_other_process_can_import_is_refused(builder: object) -> None:
 def test_a_module_whose_import_used_cpu_threads_gets_new_processes_instead_of_forks() -> None:
     with executor(uses_threads.build) as child:
         first = worker_of(child)
-        assert not child._server.can_fork
+        assert not child._source.makes_many
         assert child.run(request(20)).trial.fits
         assert child.run(request(1000)).trial.outcome is Outcome.OOM
         assert child.run(request(20)).trial.fits

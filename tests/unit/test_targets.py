@@ -145,6 +145,11 @@ class TestFunctions:
             build(f"{renamed}:build")
         assert sys.modules["torch"] is torch
 
+    @pytest.mark.parametrize("parameters", ["width", "device, width", "*, width"])
+    def test_a_parameter_that_nothing_gives_is_named(self, script, parameters):
+        with pytest.raises(InvalidArgumentError, match="no more than `device` and options; it needs 'width'"):
+            build(f"{script(f'def build({parameters}): return 3')}:build")
+
     def test_its_own_error_is_not_touched(self, script):
         with pytest.raises(ZeroDivisionError):
             build(f"{script('def build(): return 1 / 0')}:build")

@@ -52,6 +52,10 @@ class FunctionTarget:
             raise self._refused(name)
         if accepted is None or "device" in accepted:
             given["device"] = device
+        if lacking := [name for name in _required(build) if name not in given]:
+            raise InvalidArgumentError(
+                "target", self.text, f"a function that needs no more than `device` and options; it needs {lacking[0]!r}"
+            )
         workload = build(**given)
         if not isinstance(workload, Workload):
             kind = type(workload).__name__
@@ -171,6 +175,13 @@ def _accepted(build: Callable[..., Any]) -> set[str] | None:
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return None
     return {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+
+
+def _required(build: Callable[..., Any]) -> list[str]:
+    """Names of the parameters that a call of ``build`` cannot leave out."""
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = inspect.signature(build).parameters.values()
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in variable]
 
 
 def _given(options: ModelOptions) -> dict[str, Any]:
