@@ -78,6 +78,11 @@ class Bracket:
         """The size beyond which nothing fits, as far as the peaks tell."""
         return self.fit.bound(self.size)
 
+    @property
+    def rough_bound(self) -> float | None:
+        """The bound as the peak of one size tells it."""
+        return self.fit.rough_bound(self.size)
+
     def rank(self, size: float) -> int:
         """The rank of the largest permitted size not above ``size``."""
         return self.rounding.rank(int(size))

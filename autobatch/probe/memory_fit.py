@@ -50,6 +50,12 @@ class MemoryFit:
             return None
         return size + (self.capacity_bytes - self._allocated[size]) / slope
 
+    def rough_bound(self, size: int) -> float | None:
+        """The bound by the line through the origin, where there is no other yet: too low, but little from near it."""
+        if self.capacity_bytes is None or size not in self._allocated:
+            return None
+        return size * self.capacity_bytes / self._allocated[size]
+
 
 def _slope(peaks: dict[int, int], size: int) -> float:
     """Bytes per sample between the peak at ``size`` and the nearest one well below it; 0 if there is no such line."""

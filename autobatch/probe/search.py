@@ -20,11 +20,14 @@ from autobatch.result import Trial
 
 # Tuned on trials recorded on virtual cards (tests/data/oracles_*.json). Each changes what a search costs, none what it
 # answers.
+_BELOW_GUESS = 0.91  # where a guess is asked: one that is 10 % too high provokes no failure there
+_BEYOND_GUESS = 1.2  # an aim so many times the guess was seen from too near
 _SPARED = 0.975  # at most so much of the bound is aimed at, for the allocator cannot reuse all that it holds
 _NEAR = 1.04  # an aim at most this many times the size is not worth a jump
 _SHORT = 0.8  # the part of the way to the aim that one jump goes while the bound is not steady
 _BEYOND = 1 / 5  # once the aim is reached, the part of the way to the bound to go at least: less is not worth a trial
 _TOWARDS = 0.85  # the part of the way from there to the bound to go next
+_SAFELY = 0.99  # the part of a rough bound that is asked at most
 _FALL = 1 / 40  # this part of the size below a refuted aim to look next
 _SPLIT = 0.43  # where to part a bracket about which nothing is known: below the middle, for a failure costs more
 _FAR_OFF = 1.5  # an aim so many brackets away says nothing about where inside to ask
@@ -71,7 +74,7 @@ def search(
         multiple_of: which sizes are permitted, see :class:`~autobatch.probe.rounding.Rounding`.
         growth: factor from one size to the next while the peaks say nothing; a jump that they support may be longer.
         capacity_bytes: what the workload can have in all. Without it peaks are not used.
-        first_guess: a size to ask in place of ``start`` because the answer is expected there.
+        first_guess: where the answer is expected: a size just below it is asked in place of ``start``.
         avoid_oom: approach from below and stop where the peaks do not promise that more fits.
         time_limit_s: after this many seconds no more is asked once a size is known to fit.
         clock: seconds, for ``time_limit_s``.
@@ -115,15 +118,15 @@ def search(
 
 def _find(bracket: Bracket, *, first_guess: int | None, avoid_oom: bool) -> None:
     """Narrows the bracket until it is closed, or for as long as the caller allows."""
-    bracket.try_rank(bracket.start if first_guess is None else bracket.rank(first_guess))
+    bracket.try_rank(bracket.start if first_guess is None else bracket.rank(_BELOW_GUESS * first_guess))
     if not bracket.low:
         _fall(bracket, near_the_answer=first_guess is not None)
     if avoid_oom:
         _creep(bracket)
     elif bracket.low:
         if first_guess is None or bracket.aim is not None:
-            _approach(bracket)
-        _pass_the_aim(bracket)
+            _approach(bracket, first_guess)
+        _pass_the_aim(bracket, first_guess)
         _close(bracket)
 
 
@@ -137,7 +140,7 @@ def _fall(bracket: Bracket, *, near_the_answer: bool) -> None:
         bracket.try_rank(1)
 
 
-def _approach(bracket: Bracket) -> None:
+def _approach(bracket: Bracket, guess: int | None) -> None:
     """Invariant: ``low`` fits. Jumps towards the aim until it is near, for a failure costs more than a trial.
 
     Without an aim it grows plainly, until something fails.
@@ -150,6 +153,8 @@ def _approach(bracket: Bracket) -> None:
             bracket.guess(bracket.next_growth())
             continue
         target = _cautious(bracket, aim)
+        if guess is not None and size < guess:
+            target = min(target, _BEYOND_GUESS * guess)
         if target <= _NEAR * size or bracket.is_above(target):
             return
         bracket.guess(bracket.rank(min(target, size * bracket.growth**LONGEST_JUMP)))
@@ -168,24 +173,38 @@ def _cautious(bracket: Bracket, aim: float) -> float:
     return target if bracket.is_steady else size + _SHORT * (target - size)
 
 
-def _pass_the_aim(bracket: Bracket) -> None:
+def _pass_the_aim(bracket: Bracket, guess: int | None) -> None:
     """Invariant: ``low`` fits and nothing has failed. Asks just beyond the aim, then towards the bound.
 
     What fits beyond the aim does so because the allocator gave cached memory back, and it can give back more.
     """
-    stride = 1
+    asked = 0
     while bracket.high is None and not bracket.done:
-        low, aim, bound = bracket.low, bracket.aim or bracket.size, bracket.bound
-        step = bracket.rank(aim) + 1 - low
-        if bound is None:
-            step = max(step, stride)
-        elif stride > 1:
-            step = round(_TOWARDS * (bracket.rank(bound) - low))
-        elif aim < bound:
-            way = bracket.rank(bound) - low
-            step = min(max(step, int(_BEYOND * way)), (way + 1) // 2)
-        stride *= 2
+        low = bracket.low
+        just_beyond = bracket.rank(bracket.aim or bracket.size) + 1 - low
+        if bracket.bound is not None:
+            step = _towards_the_bound(bracket, bracket.bound, just_beyond, is_first=not asked)
+        elif guess is None or (rough := bracket.rough_bound) is None:
+            step = max(just_beyond, 2**asked)
+        elif asked:
+            way, guessed = bracket.rank(_SAFELY * rough) - low, bracket.rank(guess) - low
+            step = max(just_beyond, min(guessed, way) if guessed > 0 else round(_TOWARDS * way))
+        else:
+            step = just_beyond
+        asked += 1
         bracket.guess(low + step)
+
+
+def _towards_the_bound(bracket: Bracket, bound: float, just_beyond: int, *, is_first: bool) -> int:
+    """How many ranks to go: not far beyond the aim, and once that fits, most of the way."""
+    way = bracket.rank(bound) - bracket.low
+    if not is_first:
+        return round(_TOWARDS * way)
+    return (
+        just_beyond
+        if (bracket.aim or bracket.size) >= bound
+        else min(max(just_beyond, int(_BEYOND * way)), (way + 1) // 2)
+    )
 
 
 def _close(bracket: Bracket) -> None:

@@ -123,12 +123,12 @@ class Confirmed:
         return Trial(batch_size=size, outcome=Outcome.FITS if kept else Outcome.OOM)
 
 
-def replay_own(cell: str, setting: str) -> tuple[SearchAnswer, int, int]:
+def replay_own(cell: str, setting: str, **options: Any) -> tuple[SearchAnswer, int, int]:
     """The answer, its trials and its failures, those of the confirmation among them."""
     recorded = OWN_CELLS[cell][setting]
     ask, confirm = Recorded(recorded["trials"]), Confirmed(recorded["confirmed"])
     multiple_of = 1 if setting == "exact" else "auto"
-    answer = search(ask, confirm, capacity_bytes=recorded["capacity_bytes"], multiple_of=multiple_of)
+    answer = search(ask, confirm, capacity_bytes=recorded["capacity_bytes"], multiple_of=multiple_of, **options)
     failures = sum(trial.outcome is Outcome.OOM for trial in ask.trials) + confirm.failures
     return answer, len(ask.trials) + 1, failures
 
@@ -189,9 +189,15 @@ def test_avoid_oom_provokes_none_on_recorded_cards(model: str, card: str) -> Non
     assert run.answer.batch_size >= 0.7 * run.survival.solid
 
 
-@pytest.mark.parametrize(("model", "card"), CELLS)
-def test_a_guess_from_a_slightly_different_card_needs_few_trials(model: str, card: str) -> None:
-    answer = replay(model, card, withheld=HEADROOM).answer.batch_size
-    run = replay(model, card, withheld=HEADROOM, first_guess=answer)
-    assert run.trials <= 5
-    assert run.answer.batch_size >= answer
+@pytest.mark.parametrize("off", [0.9, 0.97, 1, 1.03, 1.1])
+def test_a_guess_that_is_a_little_off_costs_one_failure_and_few_trials(off: float) -> None:
+    runs = []
+    for cell in OWN_CELLS:
+        answer = replay_own(cell, "defaults")[0].batch_size
+        again, trials, failures = replay_own(cell, "defaults", first_guess=round(off * answer))
+        assert again.batch_size >= answer
+        assert trials <= 8
+        assert failures <= 2  # one in the search; the answer itself may have to be stepped down
+        runs.append((trials, failures))
+    assert statistics.median(trials for trials, _ in runs) <= 5
+    assert statistics.median(failures for _, failures in runs) == 1
