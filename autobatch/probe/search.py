@@ -12,11 +12,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from autobatch.errors import DoesNotFitError
 from autobatch.probe.bracket import LONGEST_JUMP, Ask, Bracket
 from autobatch.probe.memory_fit import MemoryFit
 from autobatch.probe.search_arguments import check_arguments
-from autobatch.result import Trial
+from autobatch.probe.settling import STEP_DOWN, regain, settle
 
 # Tuned on trials recorded on virtual cards (tests/data/oracles_*.json). Each changes what a search costs, none what it
 # answers.
@@ -33,9 +32,10 @@ _SPLIT = 0.43  # where to part a bracket about which nothing is known: below the
 _FAR_OFF = 1.5  # an aim so many brackets away says nothing about where inside to ask
 _OPEN = 1 / 10  # a bracket wider than this part of its size is worth another aim, now seen from nearer
 _WIDE = 8  # sizes so many times apart are parted in proportion
-_CREEP = 32  # without failures, a step that gains less than this part of the size is not worth its trial
-_STEP_DOWN = 1 / 33  # a candidate that is not confirmed is stepped down by this part of it
-_SEVERAL = 8  # so many sizes given up in stepping down are worth one more confirmation
+_CREEP = 0.7  # without failures, the part of the way to the aim that one step goes from afar
+_NEARBY = 1.5  # at most this many times the size, the aim is seen from nearby
+_PROMISED = 0.96  # the part of such an aim that fits
+_GAIN = 100  # without failures, a step that gains less than this part of the size is not worth its trial
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,9 +104,9 @@ def search(
     )
     _find(bracket, first_guess=first_guess, avoid_oom=avoid_oom)
     proof = _proof(bracket, avoid_oom=avoid_oom)
-    if _settle(bracket, confirm):
+    if settle(bracket, confirm):
         if not avoid_oom and not bracket.out_of_time():
-            _regain(bracket, confirm)
+            regain(bracket, confirm)
         proof = "next_size_failed" if bracket.high == bracket.low + 1 else "stepped_down"
     return SearchAnswer(
         batch_size=bracket.size,
@@ -132,7 +132,7 @@ def _find(bracket: Bracket, *, first_guess: int | None, avoid_oom: bool) -> None
 
 def _fall(bracket: Bracket, *, near_the_answer: bool) -> None:
     """Invariant: nothing has fitted. Steps down from a guess in widening strides, else asks the smallest size."""
-    part = _STEP_DOWN
+    part = STEP_DOWN
     while near_the_answer and not bracket.low and not bracket.closed and bracket.high is not None and part < 1:
         bracket.try_rank(min(bracket.high - 1, bracket.rank(bracket.rounding.size(bracket.high) * (1 - part))))
         part *= 2
@@ -234,53 +234,26 @@ def _close(bracket: Bracket) -> None:
 
 
 def _creep(bracket: Bracket) -> None:
-    """Invariant: every size asked is one that the peaks promise to fit, with half of the way to the aim to spare."""
+    """Invariant: every size asked is one that the peaks promise to fit: up to a little below the aim, once it is near.
+
+    Where the allocator gives cached memory back the aim moves on. How far it can go on no peak tells: so the lowest
+    aim that was seen from nearby counts.
+    """
     if bracket.aim is None:
         bracket.notes.append("The trials measured no peaks, so nothing says whether a larger batch would fit.")
+    ceiling = math.inf
     while bracket.low and not bracket.done and bracket.aim is not None:
-        size = bracket.size
-        way = (bracket.aim - size) / (1 if bracket.bound is None else 2)  # the first aim is on the safe side already
-        rank = bracket.rank(min(size + way, size * bracket.growth))
-        if rank <= bracket.low or bracket.rounding.size(rank) - size < size / _CREEP or bracket.is_above(bracket.aim):
+        size, aim = bracket.size, bracket.aim
+        if bracket.bound is None:
+            target = aim  # seen from one size alone it is on the safe side already
+        elif aim > _NEARBY * size:
+            target = size + _CREEP * (aim - size)
+        else:
+            target = ceiling = min(ceiling, _PROMISED * aim)
+        rank = bracket.rank(min(target, ceiling, size * bracket.growth))
+        if rank <= bracket.low or bracket.rounding.size(rank) - size < size / _GAIN or bracket.is_above(bracket.aim):
             return
         bracket.try_rank(rank)
-
-
-def _settle(bracket: Bracket, confirm: Ask) -> bool:
-    """Steps down until a size is confirmed; True if it had to.
-
-    A size stepped down to is confirmed without a trial before: the confirmation runs it longer, and in the same process
-    first.
-    """
-    stepped = False
-    while bracket.low:
-        trial = confirm(bracket.size)
-        if trial.fits:
-            return stepped
-        stepped = True
-        _note_refusal(bracket, trial)
-        bracket.step_down(_STEP_DOWN, refused=trial)
-    reason = f": {bracket.failure.message}" if bracket.failure and bracket.failure.message else ""
-    raise DoesNotFitError(f"Not even a batch of {bracket.rounding.size(1)} fits{reason}", bracket.failure)
-
-
-def _regain(bracket: Bracket, confirm: Ask) -> None:
-    """Invariant: ``low`` is confirmed, and was stepped down to. Asks for half of what that gave up, once."""
-    if bracket.high is not None and bracket.high - bracket.low > _SEVERAL:
-        middle = (bracket.low + bracket.high) // 2
-        trial = confirm(bracket.rounding.size(middle))
-        if trial.fits:
-            bracket.low = middle
-        else:
-            bracket.high, bracket.failure = middle, trial
-            _note_refusal(bracket, trial)
-
-
-def _note_refusal(bracket: Bracket, trial: Trial) -> None:
-    known = bracket.trials.get(bracket.rounding.rank(trial.batch_size))
-    how = "fitted once but did not keep fitting" if known is not None else "did not keep fitting either"
-    reason = f"{trial.outcome.value}: {trial.message}" if trial.message else trial.outcome.value
-    bracket.notes.append(f"A batch of {trial.batch_size} {how} ({reason}).")
 
 
 def _proof(bracket: Bracket, *, avoid_oom: bool) -> str:

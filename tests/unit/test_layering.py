@@ -50,6 +50,7 @@ WITHOUT_TORCH = (
     "probe/lock",
     "probe/search",
     "probe/search_arguments",
+    "probe/settling",
     "probe/sweep",
     "pytest_plugin",
     "report/plot",

@@ -186,7 +186,19 @@ def test_medians() -> None:
 def test_avoid_oom_provokes_none_on_recorded_cards(model: str, card: str) -> None:
     run = replay(model, card, withheld=HEADROOM, avoid_oom=True)
     assert run.failures == 0
-    assert run.answer.batch_size >= 0.7 * run.survival.solid
+    assert run.answer.batch_size >= 0.8 * run.survival.solid
+
+
+def test_avoid_oom_provokes_none_on_own_cells() -> None:
+    """The confirmation's included. Of ResNet-50 10 % more fits once the allocator has given memory back, which no
+    peak below tells; of a Llama that fills 24 GiB at one sample (the optimizer's step), nothing tells the slope."""
+    parts = {}
+    for cell in OWN_CELLS:
+        answer, _, failures = replay_own(cell, "exact", avoid_oom=True)
+        assert failures == 0
+        parts[cell] = answer.batch_size / OWN_TRUTH[cell]["solid"]
+    assert min(part for cell, part in parts.items() if cell != "llama-24") >= 0.85
+    assert statistics.median(parts.values()) >= 0.94
 
 
 @pytest.mark.parametrize("off", [0.9, 0.97, 1, 1.03, 1.1])
