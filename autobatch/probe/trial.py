@@ -118,7 +118,7 @@ def _run_steps(workload: Workload, device: Device, request: TrialRequest, progre
 def _samples(workload: Workload, request: TrialRequest) -> list[Batches | None]:
     """Where each step takes its batch from; None is the worst case."""
     if request.shuffle_seed is None:
-        return [None] * request.steps
+        return [workload.shorter(), *[None] * (request.steps - 1)]
     shuffled = workload.shuffled(request.shuffle_seed)
     return [*[shuffled] * request.steps, None]
 

@@ -33,9 +33,10 @@ class Workload:
         loss_fn: ``loss_fn(output, target)`` for batches that are a pair, else ``loss_fn(output, batch)``. Without it
             the model returns the loss itself: the output, its ``loss`` attribute or item, or the first of a tuple.
         sample: where batches come from. ``sample(n)`` makes a batch of n samples, each as large as the largest of the
-            run. Or a data set with a length and samples by number: its n longest are tried, no more than it has, and
-            where lengths differ the answer must survive shuffled batches too. Or one example batch, whose tensors
-            are tiled or cut along their first dimension; a list is one unless ``collate_fn`` or ``length`` is given.
+            run. Or a data set with a length and samples by number: its n longest are tried, no more than it has; where
+            lengths differ, after n a little shorter, and the answer must survive shuffled batches too. Or one example
+            batch, whose tensors are tiled or cut along their first dimension; a list is one unless ``collate_fn`` or
+            ``length`` is given.
             A batch may live on the host: it is moved to the model's device in every step, as in training. A mapping
             is given to the model as keywords; with ``loss_fn`` a pair is ``(input, target)``; without, a tuple is
             given as positional arguments; anything else is the model's one argument.
@@ -156,6 +157,10 @@ class Workload:
         """What a step can take its batches from in place of :attr:`sample`: a data set in shuffled order."""
         return self.sample.shuffled(seed) if isinstance(self.sample, DatasetBatches) else self.sample
 
+    def shorter(self) -> Batches | None:
+        """What a step can take a batch a little shorter than the worst from; None where all are of one length."""
+        return self.sample.shorter if isinstance(self.sample, DatasetBatches) and self.sample.extent.varies else None
+
     def train_step(self, batch_size: int, sample: Batches | None = None) -> None:
         """One whole training step of ``batch_size`` samples, two micro-batches of it with ``accumulate``."""
         self.model.train()
@@ -254,6 +259,7 @@ class _StepWorkload(Workload):
         if not callable(step):
             raise InvalidArgumentError("step", step, "a function of n that trains one step on n samples")
         self.step, self.extra_state = step, tuple(state)
+        self.sample = step  # it makes its batches itself
         self._last, self._slots, self._kept = None, [], collections.deque(maxlen=0)
         self.mode = "train"
         self.name = name or str(getattr(step, "__name__", type(step).__name__))
@@ -268,12 +274,6 @@ class _StepWorkload(Workload):
 
     def to(self, torch_device: str) -> None:
         """A step function places its tensors itself."""
-
-    def data(self) -> dict[str, Extent]:
-        return {}
-
-    def shuffled(self, seed: int) -> Batches:
-        raise AttributeError("a step function makes its batches itself")
 
     def train_step(self, batch_size: int, sample: Batches | None = None) -> None:
         assert self.step is not None

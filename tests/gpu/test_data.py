@@ -97,5 +97,6 @@ def _fails(cell: Cell, size: int, seeds: int) -> list[int]:
 def test_an_answer_for_lengths_that_differ_survives_shuffled_epochs_it_has_not_seen(cell: Cell) -> None:
     result = find(cell.build, device=cell.card)
     assert result.batch_size >= 40
+    assert (result.trial_count <= 8, result.oom_count <= 3) == (True, True), result
     assert [trial.history for trial in result.confirmation][-1].startswith("shuffled epoch")
     assert _fails(cell, result.batch_size, 20) == []

@@ -16,8 +16,10 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from autobatch import DoesNotFitError, InvalidArgumentError, Workload, find
+from autobatch.device.local import resolve_local
 from autobatch.probe import data, finder
 from autobatch.probe.data import DatasetBatches, Extent, batches_of
+from autobatch.probe.trial import TrialRequest, run_trial
 from autobatch.testing import FakeDevice
 from autobatch.units import GIB, MIB
 
@@ -149,6 +151,34 @@ def test_a_collate_function_that_takes_samples_apart_changes_nothing_of_the_call
     batches = batches_of(samples, takes_apart, lambda sample: len(sample["ids"]))
     assert [batches(2), batches(2), sorted(batches.shuffled(0)(3))] == [[3, 2], [3, 2], [1, 2, 3]]
     assert pickle.dumps(samples) == before
+
+
+@pytest.mark.parametrize(
+    ("lengths", "n", "expected"),
+    [
+        ([10, 9, 8, 10, 3], 3, [9, 8, 3]),  # a tenth shorter, and longest first
+        ([10, 9, 8, 10, 3], 5, [9, 8, 3, 9, 8]),  # as many as were asked for
+        ([100, 99, 98, 100], 2, [99, 98]),  # where none is a tenth shorter, whatever is shorter
+    ],
+)
+def test_a_batch_a_little_shorter(lengths: list[int], n: int, expected: list[int]) -> None:
+    assert batches_of(Texts(lengths), lengths_of, len).shorter(n) == expected
+
+
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [([10, 9, 9, 10], [[9, 9], [10, 10], [10, 10]]), ([5, 5, 5], [[5, 5]] * 3)],
+)
+def test_a_trial_begins_a_little_shorter_where_lengths_differ(lengths: list[int], expected: list[list[int]]) -> None:
+    seen: list[list[int]] = []
+
+    def collated(texts: list[list[int]]) -> torch.Tensor:
+        seen.append(lengths_of(texts))
+        return torch.zeros(len(texts), 3)
+
+    made = workload(Texts(lengths), collate_fn=collated, length=len)
+    run_trial(made, resolve_local("cpu"), TrialRequest(batch_size=2, steps=3))
+    assert seen == expected
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 5))
