@@ -8,6 +8,7 @@
 4    the workload failed by itself
 70   an error of autobatch's own, which is shown whole
 130  interrupted
+143  terminated
 ==== =======================================================
 """
 
@@ -39,6 +40,10 @@ FOUND, DOES_NOT_FIT, BAD_USAGE, DEVICE_ERROR, WORKLOAD_FAILED, INTERNAL_ERROR, I
 _SHOWN_LINES = 24
 _NEEDS_TWO = "Expected more than 1 value per channel when training"  # torch/nn/functional.py, of batch norm
 _TRACEBACK_KEY = "autobatch.traceback"
+
+
+class Terminated(SystemExit):
+    """A signal that asks the command to end, as an interrupt does. Nobody's error."""
 
 
 class Failure(click.ClickException):
@@ -119,6 +124,8 @@ def _coded(ctx: click.Context) -> Iterator[None]:
         raise Failure("interrupted", INTERRUPTED) from exc
     except KeyboardInterrupt as exc:
         raise Failure("interrupted", INTERRUPTED, _details(ctx, exc)) from exc
+    except Terminated as exc:
+        raise Failure("terminated", int(str(exc.code)), _details(ctx, exc)) from exc
     except AutobatchError as exc:
         raise Failure(_line(ctx, exc), _exit_code(exc), _details(ctx, exc)) from exc
     except (click.ClickException, BrokenPipeError):  # click ends quietly when nobody reads on, as in `... | head`
@@ -150,7 +157,7 @@ def workload_errors(ctx: click.Context) -> Iterator[None]:
     """Inside runs the user's code: an error that is not autobatch's own is the workload's, exit code 4."""
     try:
         yield
-    except (AutobatchError, click.ClickException, click.exceptions.Exit):
+    except (AutobatchError, click.ClickException, click.exceptions.Exit, Terminated):
         raise
     except (Exception, SystemExit) as exc:
         raise Failure(_workload_line(exc), WORKLOAD_FAILED, _tail(ctx, _own_traceback(exc))) from exc

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import click
 
 from autobatch.cli.chosen import Chosen
 from autobatch.cli.command import AfterDashes, command_of
-from autobatch.cli.errors import traceback_option
+from autobatch.cli.errors import Terminated, traceback_option
 from autobatch.cli.sweep import Sweep, parse_sweep, plot_sweep, run_sweep, sweep_json, sweep_targets
 from autobatch.cli.targets import ModelOptions, Target, parse_target
 from autobatch.cli.targets.common import OPTIMIZERS
@@ -117,6 +117,11 @@ def _picture(ctx: click.Context, param: click.Parameter, value: str | None) -> P
     help="Sizes allowed: auto gives up at most 1.6 % for a round number, pow2 allows powers of two, 1 every size.",
 )
 @click.option("--steps", type=click.IntRange(2), default=3, show_default=True, metavar="N", help="Steps of a trial.")
+@click.option(
+    "--avoid-oom",
+    is_flag=True,
+    help="Provoke no failure: approach from below and trust the measured memory, as on a GPU that others use too.",
+)
 @click.option(
     "--time-limit",
     "time_limit_s",
@@ -221,7 +226,11 @@ def probe(
 @contextlib.contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
     """Inside, SIGTERM ends the command as an interrupt does: the child processes go, and a virtual GPU's files."""
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise Terminated(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
     try:
         yield
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import click
 
@@ -31,6 +32,9 @@ def run(ctx: click.Context, gpu: tuple[str, ...], count: int, any_capability: bo
     """
     cards = _cards(gpu, count, any_capability=any_capability)
     if shutil.which(command[0]) is None:
+        if Path(command[0]).exists():
+            _say(f"{command[0]} cannot be run: it is not executable")
+            ctx.exit(_NOT_EXECUTABLE)
         _say(f"command not found: {command[0]}")
         ctx.exit(_NOT_FOUND)
     _say(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from autobatch.errors import InvalidArgumentError
 from autobatch.probe.memory_fit import MemoryFit
 from autobatch.probe.rounding import Rounding
 from autobatch.result import Outcome, Trial
@@ -13,6 +14,7 @@ Ask = Callable[[int], Trial]
 
 LONGEST_JUMP = 7  # growth to this power; a bound seen from farther away than that tells nothing
 _MOST_OF_THE_WAY = 2 / 3
+_ABSURD = 2**31  # kernels count samples in 32 bits
 _SPARE_TRIALS = 2  # what guesses may cost, at worst, above plain growth and bisection
 
 
@@ -101,6 +103,7 @@ class Bracket:
         if self.last is not None:
             rank = min(rank, self.last)
         size, bound = self.size, self.bound
+        self._check_growing()
         trial = self.trials[rank] = self.ask(self.rounding.size(rank))
         self.fit.learn(trial.batch_size, trial.measurement)
         if trial.fits:
@@ -114,6 +117,12 @@ class Bracket:
                 reason = trial.message or "unknown"
                 self.notes.append(f"A batch of {trial.batch_size} met a limit other than memory: {reason}.")
         return trial.fits
+
+    def _check_growing(self) -> None:
+        """Raises InvalidArgumentError where nothing ends the search, since memory does not grow with the size."""
+        if self.last is None and self.size >= _ABSURD:
+            allowed = f"given here, where a batch of {self.size} still fits: is what is trained made of n samples?"
+            raise InvalidArgumentError("max_batch_size", None, allowed)
 
     def _judge_bound(self, size: int, former: float | None) -> None:
         """Learns from how far the bound moved since it was seen from ``size``; nearer to it, less doubt is left."""

@@ -14,9 +14,7 @@ from autobatch.result import Measurement, Outcome, Trial
 
 SHRANK = "the command caught it and went on: its own batch shrank"
 
-_NOT_REACHED = (
-    "autobatch reached no Python process of the command: is there a flag -I, -E or -S, an `env -i`, or no Python in it?"
-)
+_NOT_REACHED = "autobatch reached no Python process of it (a flag -I, -E or -S, an `env -i`, or no Python in it?)"
 _WORST_FIRST = (Outcome.OOM, Outcome.LIMIT, Outcome.OVER_HEADROOM, Outcome.THRASHED, Outcome.FITS)
 
 Record = Mapping[str, Any]
@@ -72,7 +70,8 @@ def _without_measurement(
         made = max((record["steps"] for record in ending.records), default=0)
         _fail(request, ending, f"it made {'no further' if made else 'no'} optimizer step within its time")
     if not ending.records:
-        _fail(request, ending, _NOT_REACHED)
+        how = "" if ending.code is None else f"it ended with exit code {ending.code}, and "
+        _fail(request, ending, f"{how}{_NOT_REACHED}")
     if ending.code == 0 and smaller_fitted:
         message = "it ended without a step, as one does whose data set is smaller than the batch"
         return Attempt(trial=_trial(request, [], Tier.LIMIT, message))

@@ -166,6 +166,13 @@ class ForkExecutor(_WorkerExecutor):
         super().__init__(lambda: Forks(live), anew=True, answer_within_s=answer_within_s)
 
 
+_WITHOUT_A_FILE = (
+    "a function in a file that can be imported, because trials run in a process of their own; for what a notebook or "
+    "`python -c` defines, call autobatch.VirtualGPU('a100-40gb').attach() before torch is imported, and give "
+    "device='cuda'"
+)
+
+
 def _by_reference(builder: Callable[..., Any]) -> bytes:
     allowed = (
         "importable by name, because trials run in a process of their own: a function at the top of a module "
@@ -177,7 +184,7 @@ def _by_reference(builder: Callable[..., Any]) -> bytes:
         raise InvalidArgumentError("workload", builder, allowed) from exc
     main = getattr(sys.modules["__main__"], "__file__", None)  # "<stdin>" for a script that is piped in
     if b"__main__" in payload and (main is None or not os.path.exists(main)):
-        raise InvalidArgumentError("workload", builder, allowed)
+        raise InvalidArgumentError("workload", builder, _WITHOUT_A_FILE)
     return payload
 
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from autobatch.device.base import Device
 from autobatch.errors import InvalidArgumentError
 from autobatch.probe.building import takes_device
@@ -46,6 +48,8 @@ def source_of(workload: Any, state: Sequence[Any]) -> Source:
         if state:
             raise InvalidArgumentError("state", state, "empty for a Command, which has its state in its own processes")
         return workload
+    if isinstance(workload, nn.Module):
+        raise InvalidArgumentError("workload", type(workload).__name__, "Workload(model, ...), not the model alone")
     if not callable(workload):
         raise InvalidArgumentError("workload", workload, "a Workload, a function that builds one, step(n) or a Command")
     if takes_device(workload) or not _required_parameters(workload):

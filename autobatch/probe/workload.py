@@ -18,10 +18,7 @@ from autobatch.errors import InvalidArgumentError
 from autobatch.probe.batch import loss_of, move, tensors
 from autobatch.probe.data import Batches, DatasetBatches, Extent, batches_of
 from autobatch.probe.ema import update_of
-
-MODES = ("train", "eval", "both")
-_AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-PRECISIONS = ("fp32", *_AUTOCAST_DTYPES)
+from autobatch.probe.workload_arguments import AUTOCAST_DTYPES, check_functions, check_model, check_options
 
 
 class Workload:
@@ -48,7 +45,7 @@ class Workload:
             ``sample(n)`` without gradients is what evaluation means.
         precision: ``"fp32"``, or ``"bf16"`` or ``"fp16"`` for autocast (``fp16`` with a GradScaler). None leaves
             precision to the model.
-        scheduler: a learning-rate scheduler, stepped after the optimizer.
+        scheduler: a learning-rate scheduler. A trial does not step it: that takes no memory, and schedules end.
         scaler: the GradScaler to use; made for ``precision="fp16"`` if not given.
         max_grad_norm: gradients are clipped to this norm before the optimizer steps.
         accumulate: True if training will accumulate gradients: then two micro-batches are run a step, since the
@@ -89,20 +86,17 @@ class Workload:
         mode: str = "train",
         name: str | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise InvalidArgumentError("model", model, "a torch.nn.Module")
-        if optimizer is not None and not hasattr(optimizer, "step"):
-            raise InvalidArgumentError("optimizer", optimizer, "a torch optimizer, or None")
-        for argument, value in (("loss_fn", loss_fn), ("evaluate", evaluate)):
-            if value is not None and not callable(value):
-                raise InvalidArgumentError(argument, value, "a function, or None")
-        if precision is not None and precision not in PRECISIONS:
-            raise InvalidArgumentError("precision", precision, f"one of {', '.join(PRECISIONS)}, or None")
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise InvalidArgumentError("max_grad_norm", max_grad_norm, "a positive number, or None")
-        if isinstance(keep_outputs, bool) or not isinstance(keep_outputs, int) or keep_outputs < 0:
-            raise InvalidArgumentError("keep_outputs", keep_outputs, "a whole number from 0 on")
-        check_mode(mode)
+        check_model(model, optimizer, scheduler, scaler)
+        check_functions(loss_fn=loss_fn, evaluate=evaluate)
+        check_options(
+            precision=precision,
+            max_grad_norm=max_grad_norm,
+            accumulate=accumulate,
+            keep_outputs=keep_outputs,
+            extra_state=extra_state,
+            mode=mode,
+            name=name,
+        )
         self._update_ema = update_of(ema)
         self.model, self.optimizer, self.loss_fn, self.ema = model, optimizer, loss_fn, ema
         self.sample: Batches = batches_of(sample, collate_fn, length)
@@ -229,9 +223,9 @@ class Workload:
         return self.loss_fn(output, batch[1] if is_pair else batch)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.precision not in _AUTOCAST_DTYPES:
+        if self.precision not in AUTOCAST_DTYPES:
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=_AUTOCAST_DTYPES[self.precision])
+        return torch.autocast(self.device.type, dtype=AUTOCAST_DTYPES[self.precision])
 
     def _update(self) -> None:
         if self.max_grad_norm is not None:
@@ -246,8 +240,6 @@ class Workload:
                 self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         self.model.zero_grad(set_to_none=True)
-        if self.scheduler is not None:
-            self.scheduler.step()
         if self._update_ema is not None:
             self._update_ema(self.model)
 
@@ -288,9 +280,3 @@ class _StepWorkload(Workload):
         for item in self.extra_state:
             if hasattr(item, "zero_grad"):
                 item.zero_grad(set_to_none=True)
-
-
-def check_mode(mode: str) -> None:
-    """Raises InvalidArgumentError unless ``mode`` is one of :data:`MODES`."""
-    if mode not in MODES:
-        raise InvalidArgumentError("mode", mode, f"one of {', '.join(MODES)}")

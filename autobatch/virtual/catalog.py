@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autobatch.errors import DeviceNotFoundError, InvalidArgumentError
-from autobatch.units import MIB, parse_bytes
+from autobatch.units import MIB, TIB, format_bytes, parse_bytes
 
 _FIGURES = Path(__file__).with_name("cards.csv")
 _VENDOR = re.compile(r"^(nvidia|geforce|tesla)+")
 _TITLE = re.compile(r"[A-Za-z0-9 ._-]{1,64}")
 _CAPABILITY = re.compile(r"(\d{1,2})\.(\d)")
 _GRANULE_BYTES = 64 * 1024  # the totals that are known to the byte are all multiples of it
+_MOST_BYTES = 16 * TIB  # a process has room for the addresses of so much, twice
 
 _ESTIMATE = "estimated: 36 MiB + 3.84 MiB a multiprocessor + 80 MiB, the residual of that fit"
 
@@ -133,8 +134,13 @@ def _described(text: str) -> Card:
         outside_bytes, source = estimate_outside_bytes(multiprocessors), _ESTIMATE
     else:
         outside_bytes, source = 0 if outside == "0" else parse_bytes(outside, argument="outside"), "given"
+    if outside is None and outside_bytes >= total_bytes:
+        more = f"more than the {format_bytes(outside_bytes)} that such a card needs outside the allocator"
+        raise InvalidArgumentError("memory", fields["memory"], f"{more}, with a unit such as GiB")
     if outside_bytes >= total_bytes:
-        raise InvalidArgumentError("outside", outside or outside_bytes, f"less than the memory, {total_bytes} bytes")
+        raise InvalidArgumentError("outside", outside, f"less than the memory, {total_bytes} bytes")
+    if total_bytes > _MOST_BYTES:
+        raise InvalidArgumentError("memory", fields["memory"], f"at most {format_bytes(_MOST_BYTES)}")
     name = fields.get("name", "virtual")
     if not _TITLE.fullmatch(name):
         raise InvalidArgumentError("name", name, "up to 64 letters, digits, blanks, dots and dashes")

@@ -120,11 +120,13 @@ class VirtualGPU:
 
     def isolation(self) -> Isolation:
         here = self._is_here()
+        # What is visible here is a choice among the GPUs of this machine; the child has others.
+        visible = {} if here else {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(self.count)))}
         return Isolation(
             required=not here,
             reason="this process has the virtual GPU" if here else "a virtual GPU lives in a process of its own",
             device=self.torch_device,
-            environment=environment(self.state_path),
+            environment=environment(self.state_path) | visible,
             memory_limit_bytes=self._memory_limit_bytes,
         )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from autobatch.device.base import Device
 from autobatch.device.local import resolve_local
 from autobatch.errors import DeviceNotFoundError, InvalidArgumentError
@@ -29,6 +31,8 @@ def resolve_device(
         InvalidArgumentError: if ``spec`` is no name of a device, with the nearest that are.
         DeviceNotFoundError: if it is one, and there is none here.
     """
+    if "torch" in sys.modules and isinstance(spec, sys.modules["torch"].device):
+        spec = str(spec)
     if count != 1 and not (isinstance(spec, str) and _is_card(spec)):
         raise InvalidArgumentError("count", count, "left out: only of a virtual GPU there are as many as one likes")
     if not isinstance(spec, str):

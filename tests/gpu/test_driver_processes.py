@@ -9,6 +9,7 @@ import time
 import pytest
 
 from autobatch.units import GIB, MIB
+from autobatch.virtual.catalog import cards
 from tests.gpu.machines import Machine
 
 pytestmark = pytest.mark.gpu
@@ -55,6 +56,25 @@ def test_a_context_takes_what_stands_outside_and_gives_it_back_at_the_end(machin
         assert process.stdout.readline() == f"(0, {8 * GIB - 100 * MIB}, {8 * GIB})\n"
     [one] = machine.state()[0].processes
     assert (one.alive, one.used_bytes, one.peak_bytes) == (False, 0, 100 * MIB)
+
+
+KERNELS = """
+import time
+import torch
+x = torch.zeros(3, device="cuda")
+shuffled = torch.randperm(50000, device="cuda")
+print(torch.cuda.get_device_capability(), len(x.cumsum(0)), x.nonzero().shape, len(shuffled))
+embedding = torch.nn.Embedding(100, 8, device="cuda")
+embedding(torch.zeros(4000, dtype=torch.long, device="cuda")).sum().backward()
+time.sleep(0.5)  # or torch's thread for backward, which has not let go of everything, may abort a process that ends
+"""
+
+
+@pytest.mark.parametrize("capability", sorted({card.capability for card in cards() if card.capability >= (7, 5)}))
+def test_kernels_are_launched_on_every_capability_of_the_catalog(tmp_path, capability):
+    """CUB looks up how, by the architecture of the code that a card loads, which for 8.9 is that for 8.6."""
+    out = Machine(tmp_path, capability=capability).run("-W", "ignore", "-c", KERNELS)
+    assert out == f"{capability} 3 torch.Size([0, 1]) 50000\n"
 
 
 def test_a_context_that_does_not_fit_is_out_of_memory(machine):

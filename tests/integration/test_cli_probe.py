@@ -147,6 +147,11 @@ class TestCodes:
         assert done.exit_code == 3
         assert "a100-40gb" in done.stderr
 
+    def test_which_of_this_machines_gpus_are_visible_is_no_matter_to_a_virtual_one(self, script, monkeypatch):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        done = probe(f"{script}:build", "--gpu", "t4", "--max-batch-size", "2")
+        assert done.exit_code == 0, done.output
+
     def test_4_with_the_workloads_own_traceback(self, script):
         done = probe(f"{script}:failing", "--gpu", "t4")
         assert done.exit_code == 4
@@ -156,7 +161,10 @@ class TestCodes:
     def test_4_when_the_function_ends_the_process(self, script):
         assert probe(f"{script}:dying", "--gpu", "t4").exit_code == 4
 
-    def test_130_and_nothing_is_left(self, script):
+    @pytest.mark.parametrize(
+        ("number", "code", "said"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+    )
+    def test_a_signal_ends_it_and_nothing_is_left(self, script, number, code, said):
         command = [sys.executable, "-m", "autobatch", "probe", f"{script}:build", "--gpu", "t4", "--steps", "1000"]
         before = children()
         running = subprocess.Popen(
@@ -171,9 +179,9 @@ class TestCodes:
         while not running.stdout.readline().startswith("trial="):
             assert running.poll() is None
         started = children() - before
-        running.send_signal(signal.SIGINT)
+        running.send_signal(number)
         _, errors = running.communicate(timeout=60)
-        assert (running.returncode, errors) == (130, "Error: interrupted\n")
+        assert (running.returncode, errors) == (code, f"Error: {said}\n")
         assert len(started) > 1
         assert not [pid for pid in started if psutil.pid_exists(pid)]
 

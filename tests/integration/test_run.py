@@ -84,6 +84,8 @@ def test_a_command_that_cannot_be_executed(tmp_path):
     done = run("--gpu", "t4", "--", path)
     assert done.exit_code == 126
     assert "cannot be run" in done.stderr
+    done = run("--gpu", "t4", "--", "/etc/passwd")
+    assert (done.exit_code, done.stderr) == (126, "autobatch: /etc/passwd cannot be run: it is not executable\n")
 
 
 @pytest.mark.parametrize(

@@ -103,8 +103,10 @@ def test_a_card_of_ones_own():
         ("memory=24GiB,capability=8.6,sms=many", "sms"),
         ("memory=24GiB,capability=8.6,outside=x", "outside"),
         ("memory=1GiB,capability=8.6,outside=1GiB", "outside"),
+        ("memory=24,capability=8.6", "memory"),
+        ("memory=900TiB,capability=8.6", "memory"),
         ("memory=24GiB,capability=8.6,name=a\nb", "name"),
-        ("memory=100MiB,capability=8.6", "outside"),
+        ("memory=100MiB,capability=8.6", "memory"),
     ],
 )
 def test_a_wrong_description_names_what_is_wrong(spec, argument):

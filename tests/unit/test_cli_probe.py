@@ -64,7 +64,7 @@ class TestOptions:
         line = (
             "hf:gpt2 --memory-limit 10GiB --headroom 0.1 --precision bf16 --optimizer sgd --compile --mode both "
             "--seq-len 64 --task causal-lm --start 2 --max-batch-size 99 --multiple-of pow2 --steps 5 --time-limit 30 "
-            "--grad-checkpointing"
+            "--grad-checkpointing --avoid-oom"
         )
         shown = run(*line.split())
         assert shown.exit_code == 0, shown.output
@@ -76,7 +76,7 @@ class TestOptions:
         assert options.grad_checkpointing
         expected = {
             "memory_limit": 10 * GIB, "headroom": 0.1, "start": 2, "max_batch_size": 99, "multiple_of": "pow2",
-            "steps": 5, "time_limit_s": 30,
+            "steps": 5, "time_limit_s": 30, "avoid_oom": True,
         }  # fmt: skip
         assert {name: call[name] for name in expected} == expected
 

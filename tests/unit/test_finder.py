@@ -242,6 +242,24 @@ def test_a_builder_taken_for_a_step_is_told() -> None:
         find(build, device=fake())
 
 
+def test_a_model_alone_is_no_workload() -> None:
+    with pytest.raises(InvalidArgumentError, match="workload='Linear': must be Workload"):
+        find(nn.Linear(1, 1), device=fake())
+
+
+def test_what_does_not_grow_with_the_batch_needs_an_end() -> None:
+    device = FakeDevice(16 * GIB, lambda n: GIB)
+    with pytest.raises(InvalidArgumentError, match="max_batch_size=None: must be given here, where a batch of"):
+        find(device.step, device=device)
+    assert len(device.steps) < 100
+    assert find(device.step, device=device, max_batch_size=2**40).batch_size == 2**40
+
+
+def test_a_torch_device_is_a_device() -> None:
+    result = find(small.build, device=torch.device("cpu"), memory_limit="1GiB", max_batch_size=1)
+    assert result.environment["kind"] == "cpu"
+
+
 def test_a_step_whose_state_is_not_named_says_that_nothing_was_put_back() -> None:
     device = fake()
     assert any("state=[model, optimizer]" in note for note in find(device.step, device=device).notes)
@@ -258,7 +276,8 @@ def test_a_script_that_is_piped_in_cannot_be_found_by_its_child() -> None:
         "autobatch.find(build, device='t4', max_batch_size=2)\n"
     )
     done = subprocess.run([sys.executable, "-"], input=script, check=False, capture_output=True, text=True)
-    assert "must be importable by name" in done.stderr
+    assert "must be a function in a file that can be imported" in done.stderr
+    assert ".attach() before torch is imported" in done.stderr
 
 
 def test_a_script_without_the_guard_is_told_to_have_one(tmp_path: Path) -> None:

@@ -184,12 +184,33 @@ def test_the_last_output_lives_until_the_next_forward_and_no_longer_than_forget(
         ({"max_grad_norm": 0}, "max_grad_norm"),
         ({"mode": "test"}, "mode"),
         ({"evaluate": 3}, "evaluate"),
+        ({"scheduler": 3}, "scheduler"),
+        ({"scaler": 3}, "scaler"),
+        ({"max_grad_norm": "a"}, "max_grad_norm"),
+        ({"accumulate": 4}, "accumulate"),
+        ({"extra_state": 3}, "extra_state"),
+        ({"name": 3}, "name"),
+        ({"optimizer": torch.optim.LBFGS([nn.Parameter(torch.ones(1))])}, "optimizer"),
     ],
 )
 def test_wrong_arguments_are_named(change: dict[str, Any], argument: str) -> None:
     right = {"model": nn.Linear(1, 1), "sample": lambda n: torch.ones(n, 1)}
     with pytest.raises(InvalidArgumentError, match=f"^{argument}="):
         Workload(**{**right, **change})
+
+
+def test_a_schedule_that_ends_is_no_reason_to_fail() -> None:
+    model = nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for scheduler in (
+        torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=2),
+        torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer),
+    ):
+        before = scheduler.state_dict()
+        made = Workload(model, optimizer, lambda o, b: o.sum(), lambda n: torch.ones(n, 3), scheduler=scheduler)
+        for _ in range(4):
+            made.train_step(2)
+        assert scheduler.state_dict() == before
 
 
 def test_a_model_without_a_loss_says_what_is_missing() -> None:

@@ -4,18 +4,18 @@
 
 #include <string.h>
 
+#include "binary.h"
 #include "card.h"
 #include "memory.h"
 
 // Fat binaries register themselves when a library is loaded, before anybody asks for a device.
-ENTRY void **__cudaRegisterFatBinary(void *binary) {
-  static void *handle[4];
-  return handle;
-}
+ENTRY void **__cudaRegisterFatBinary(void *binary) { return binary_register(binary); }
 ENTRY void __cudaRegisterFatBinaryEnd(void **handle) {}
 ENTRY void __cudaUnregisterFatBinary(void **handle) {}
 ENTRY void __cudaRegisterFunction(void **handle, const char *host, char *device, const char *name, int threads,
-                                  uint3 *tid, uint3 *bid, dim3 *block, dim3 *grid, int *warp) {}
+                                  uint3 *tid, uint3 *bid, dim3 *block, dim3 *grid, int *warp) {
+  binary_register_kernel(handle, host);
+}
 ENTRY void __cudaRegisterVar(void **handle, char *host, char *device, const char *name, int external, size_t size,
                              int constant, int global) {}
 ENTRY char __cudaInitModule(void **handle) { return 1; }
@@ -142,7 +142,8 @@ ENTRY cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes *about, const 
   memset(about, 0, sizeof *about);
   about->maxThreadsPerBlock = 1024;
   about->numRegs = REGISTERS_PER_THREAD;
-  about->ptxVersion = about->binaryVersion = card->capability_major * 10 + card->capability_minor;
+  int capability = card->capability_major * 10 + card->capability_minor;
+  about->ptxVersion = about->binaryVersion = binary_architecture(kernel, capability);
   about->maxDynamicSharedSizeBytes = 49152;
   return cudaSuccess;
 }
