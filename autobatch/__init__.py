@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from autobatch.probe.command import Command
     from autobatch.probe.finder import find
     from autobatch.probe.workload import Workload
+    from autobatch.training.accumulator import Accumulator
+    from autobatch.training.plan import AccumulationPlan, plan_accumulation
     from autobatch.virtual.device import VirtualGPU
 
 __version__ = "0.1.0"
@@ -43,11 +45,16 @@ _HOMES = {
     "find": "autobatch.probe.finder",
     "Command": "autobatch.probe.command",
     "Workload": "autobatch.probe.workload",
+    "Accumulator": "autobatch.training.accumulator",
+    "AccumulationPlan": "autobatch.training.plan",
+    "plan_accumulation": "autobatch.training.plan",
     "VirtualGPU": "autobatch.virtual.device",
     "is_oom": "autobatch.device.oom",
 }
 
 __all__ = [
+    "AccumulationPlan",
+    "Accumulator",
     "AutobatchError",
     "BatchSizeResult",
     "Command",
@@ -68,6 +75,7 @@ __all__ = [
     "errors",
     "find",
     "is_oom",
+    "plan_accumulation",
 ]
 
 

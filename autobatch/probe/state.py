@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autobatch.probe.random_numbers import random_states
+
 Restore = Callable[[], None]
 
 
@@ -50,8 +52,10 @@ def fingerprint(*objects: Any, torch_device: str = "cpu") -> str:
     """A hash over every bit that :func:`preserved` would put back: equal before and after is what it promises."""
     digest = hashlib.sha256()
     _Fingerprint(digest.update).visit(objects)
-    for state in _random_states(torch_device):
-        digest.update(repr(state).encode() if not isinstance(state, Tensor) else state.cpu().numpy().tobytes())
+    for _, state in random_states(torch_device):
+        # An array's repr leaves most of it out.
+        parts = [part.tolist() if hasattr(part, "tolist") else part for part in state]
+        digest.update(repr(parts).encode())
     return digest.hexdigest()
 
 
@@ -231,32 +235,12 @@ def _by_state_dict(item: Any) -> Restore:
 
 def _global_state(torch_device: str) -> list[Restore]:
     """Random number generators, and the switches of torch that training code turns."""
-    restores = [_setter(random.setstate, random.getstate()), _setter(torch.set_rng_state, torch.get_rng_state())]
-    if numpy := sys.modules.get("numpy"):
-        restores.append(_setter(numpy.random.set_state, numpy.random.get_state()))
-    if (module := _device_module(torch_device)) is not None:
-        state = module.get_rng_state(torch_device)
-        restores.append(lambda: module.set_rng_state(state, torch_device))
+    restores = [_setter(put_back, state) for put_back, state in random_states(torch_device)]
     for flag in ("benchmark", "deterministic", "enabled"):
         restores.append(_attribute_setter(torch.backends.cudnn, flag, getattr(torch.backends.cudnn, flag)))
     restores.append(_setter(torch.set_grad_enabled, torch.is_grad_enabled()))
     restores.append(_setter(torch.set_default_dtype, torch.get_default_dtype()))
     return restores
-
-
-def _random_states(torch_device: str) -> list[Any]:
-    states: list[Any] = [random.getstate(), torch.get_rng_state()]
-    if numpy := sys.modules.get("numpy"):
-        states.append([part.tolist() if hasattr(part, "tolist") else part for part in numpy.random.get_state()])
-    if (module := _device_module(torch_device)) is not None:
-        states.append(module.get_rng_state(torch_device))
-    return states
-
-
-def _device_module(torch_device: str) -> Any:
-    kind = torch.device(torch_device).type
-    module = None if kind == "cpu" else torch.get_device_module(kind)
-    return module if hasattr(module, "get_rng_state") else None
 
 
 @contextlib.contextmanager

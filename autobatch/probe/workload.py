@@ -7,18 +7,18 @@ memory and nothing of searching.
 from __future__ import annotations
 
 import collections
-import contextlib
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from autobatch.errors import InvalidArgumentError
-from autobatch.probe.batch import loss_of, move, tensors
+from autobatch.probe.batch import move, tensors
 from autobatch.probe.data import Batches, DatasetBatches, Extent, batches_of
 from autobatch.probe.ema import update_of
-from autobatch.probe.workload_arguments import AUTOCAST_DTYPES, check_functions, check_model, check_options
+from autobatch.probe.forward import forward
+from autobatch.probe.workload_arguments import check_functions, check_model, check_options
 
 
 class Workload:
@@ -195,9 +195,7 @@ class Workload:
 
     def _run_forward(self, batch_size: int, sample: Batches | None) -> Tensor:
         batch = move((sample or self.sample)(batch_size), self.device)
-        with self._autocast():
-            output = self._output(batch)
-            loss = self._loss(output, batch)
+        output, loss = forward(self.model, self.loss_fn, batch, precision=self.precision, device=self.device)
         # In a loop written by hand, `output = model(batch)` keeps the last step's output alive until here.
         self._last = (batch, output, loss)
         self._keep([tensor.detach() for tensor in tensors(output)])
@@ -208,24 +206,6 @@ class Workload:
         self._kept.append(output)
         while len(self._kept) < (self._kept.maxlen or 0):
             self._kept.append([tensor.clone() for tensor in output])
-
-    def _output(self, batch: Any) -> Any:
-        if isinstance(batch, Mapping):
-            return self.model(**batch)
-        if not isinstance(batch, (tuple, list)):
-            return self.model(batch)
-        return self.model(*batch) if self.loss_fn is None else self.model(batch[0])
-
-    def _loss(self, output: Any, batch: Any) -> Tensor:
-        if self.loss_fn is None:
-            return loss_of(output)
-        is_pair = isinstance(batch, (tuple, list)) and len(batch) == 2
-        return self.loss_fn(output, batch[1] if is_pair else batch)
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.precision not in AUTOCAST_DTYPES:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=AUTOCAST_DTYPES[self.precision])
 
     def _update(self) -> None:
         if self.max_grad_norm is not None:

@@ -37,7 +37,14 @@ def check_functions(**functions: Any) -> None:
 
 
 def check_options(
-    *, precision: Any, max_grad_norm: Any, accumulate: Any, keep_outputs: Any, extra_state: Any, mode: Any, name: Any
+    *,
+    precision: Any = None,
+    max_grad_norm: Any = None,
+    accumulate: Any = False,
+    keep_outputs: Any = 0,
+    extra_state: Any = (),
+    mode: Any = "train",
+    name: Any = None,
 ) -> None:
     """Raises InvalidArgumentError for the first that is wrong."""
     if precision is not None and precision not in PRECISIONS:

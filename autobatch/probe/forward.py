@@ -1,0 +1,44 @@
+"""One forward pass and its loss: what a batch means to a model, and an output to a loss function."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autobatch.probe.batch import loss_of
+from autobatch.probe.workload_arguments import AUTOCAST_DTYPES
+
+
+def forward(
+    model: nn.Module, loss_fn: Callable[..., Tensor] | None, batch: Any, *, precision: str | None, device: torch.device
+) -> tuple[Any, Tensor]:
+    """The output and the loss of ``batch``, which is on ``device``.
+
+    A mapping is given to the model as keywords; with ``loss_fn`` a pair is ``(input, target)``; without, a tuple is
+    given as positional arguments; anything else is the model's one argument. ``precision`` is ``"bf16"`` or ``"fp16"``
+    for autocast.
+    """
+    with _autocast(precision, device):
+        output = _output(model, batch, keeps_target=loss_fn is None)
+        if loss_fn is None:
+            return output, loss_of(output)
+        is_pair = isinstance(batch, (tuple, list)) and len(batch) == 2
+        return output, loss_fn(output, batch[1] if is_pair else batch)
+
+
+def _output(model: nn.Module, batch: Any, *, keeps_target: bool) -> Any:
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if not isinstance(batch, (tuple, list)):
+        return model(batch)
+    return model(*batch) if keeps_target else model(batch[0])
+
+
+def _autocast(precision: str | None, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    if precision not in AUTOCAST_DTYPES:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=AUTOCAST_DTYPES[precision])

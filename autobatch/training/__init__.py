@@ -1,0 +1,1 @@
+"""Training with the batch that was found: exact accumulation beyond it, and recovery where memory runs out anyway."""

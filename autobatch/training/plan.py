@@ -1,0 +1,82 @@
+"""From an effective batch and the micro-batch that fits to the steps that accumulate it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from autobatch.errors import InvalidArgumentError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AccumulationPlan:
+    """How one optimizer step takes its samples. ``str`` prints the equation."""
+
+    effective_batch_size: int
+    """Samples of an optimizer step, over all ranks."""
+    micro_batch_size: int
+    """Samples that a rank takes at once."""
+    steps: int
+    """Micro-batches of a rank in an optimizer step; the last of them is smaller where there is a remainder."""
+    remainder: int
+    """Samples, over all ranks, in a last step that is smaller than the others; 0 where all are alike."""
+    world_size: int
+    """Ranks."""
+
+    def __str__(self) -> str:
+        full = self.steps - bool(self.remainder)
+        factors = [f"{self.micro_batch_size} samples", f"{full} {'step' if full == 1 else 'steps'}"]
+        if self.world_size > 1:
+            factors.append(f"{self.world_size} ranks")
+        terms = [" x ".join(factors)] if full else []
+        if self.remainder:
+            terms.append(f"{self.remainder} samples in {'a last step' if full else 'one step'}")
+        return f"{self.effective_batch_size} = {' + '.join(terms)}"
+
+
+def plan_accumulation(
+    *, effective_batch_size: int | None, micro_batch_size: int, world_size: int = 1
+) -> AccumulationPlan:
+    """The plan with the fewest micro-batches of at most ``micro_batch_size`` samples that takes every sample once.
+
+    Of the micro-batches that need no more steps the smallest is taken: so a divisor is preferred (96 with 50 fitting is
+    48 x 2), and where there is none, the last step is hardly smaller than the others.
+
+    Args:
+        effective_batch_size: samples of an optimizer step over all ranks; None for no accumulation, which is one
+            micro-batch a rank.
+        micro_batch_size: the most samples that fit on a rank at once.
+        world_size: ranks.
+
+    Raises:
+        InvalidArgumentError: if one is no positive whole number, or if there are fewer samples than ranks.
+    """
+    for argument, value in (
+        ("effective_batch_size", effective_batch_size),
+        ("micro_batch_size", micro_batch_size),
+        ("world_size", world_size),
+    ):
+        if argument != "effective_batch_size" or value is not None:
+            check_positive(argument, value)
+    if effective_batch_size is None:
+        effective_batch_size = micro_batch_size * world_size
+    if effective_batch_size < world_size:
+        allowed = f"at least {world_size}, a sample for each of the ranks"
+        raise InvalidArgumentError("effective_batch_size", effective_batch_size, allowed)
+    steps = -(-effective_batch_size // (micro_batch_size * world_size))
+    micro = -(-effective_batch_size // (steps * world_size))
+    # Rounding up may have made a step too many: 9 samples of at most 4 are 3 x 3, and 10 on 4 ranks are 3 and 2.
+    remainder = effective_batch_size - micro * world_size * (steps - 1)
+    return AccumulationPlan(
+        effective_batch_size=effective_batch_size,
+        micro_batch_size=micro,
+        steps=steps,
+        remainder=0 if remainder == micro * world_size else remainder,
+        world_size=world_size,
+    )
+
+
+def check_positive(argument: str, value: Any) -> None:
+    """Raises InvalidArgumentError unless ``value`` is a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InvalidArgumentError(argument, value, "a positive whole number")

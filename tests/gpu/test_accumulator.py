@@ -1,0 +1,81 @@
+"""Accumulation on the session's GPU: what it holds, and what recovery leaves behind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from autobatch import Accumulator
+from autobatch.training.recovery import Recovery
+from autobatch.units import MIB
+
+pytestmark = pytest.mark.gpu
+
+FEATURES, LAYERS = 256, 4
+
+
+def made(size: int, told: list[Recovery] | None = None, **options) -> tuple[nn.Module, Accumulator]:
+    model = nn.Sequential(*[nn.Sequential(nn.Linear(FEATURES, FEATURES), nn.GELU()) for _ in range(LAYERS)]).cuda()
+    optimizer = torch.optim.AdamW(model.parameters())
+    on_recovery = None if told is None else told.append
+    return model, Accumulator(model, optimizer, nn.MSELoss(), micro_batch_size=size, on_recovery=on_recovery, **options)
+
+
+@pytest.fixture
+def little_memory():
+    """64 MiB for this process, and what it has cached given back."""
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 64 * MIB) / total)
+    yield
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@pytest.mark.parametrize("windows", [20, pytest.param(200, marks=pytest.mark.slow)])
+def test_recovered_windows_leave_no_byte(little_memory, windows):
+    told: list[Recovery] = []
+    model, accumulator = made(1 << 13, told)
+    batch = torch.zeros(1 << 13, FEATURES), torch.zeros(1 << 13, FEATURES)
+    for window in range(windows):
+        accumulator.micro_batch_size = 1 << 13  # which needs 8 MiB for each of eight activations
+        assert accumulator.step(batch).micro_batches > 1
+        if window == 0:
+            first = torch.cuda.memory_allocated()
+    assert len({recovery.window for recovery in told}) == windows
+    assert torch.cuda.memory_allocated() == first
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_step_peaks_where_a_loop_written_by_hand_does():
+    size, parts = 512, 4
+    batch = torch.zeros(parts * size, FEATURES), torch.zeros(parts * size, FEATURES)
+
+    def by_hand() -> None:
+        loss_fn, total = nn.MSELoss(), torch.zeros((), device="cuda")
+        for samples, targets in zip(batch[0].split(size), batch[1].split(size), strict=True):
+            x, y = samples.cuda(), targets.cuda()
+            loss = loss_fn(model(x), y) / parts
+            loss.backward()
+            total = total + loss.detach()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def peak_of(step) -> int:
+        step()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+
+    model, accumulator = made(size)
+    ours = peak_of(lambda: accumulator.step(batch))
+    optimizer = torch.optim.AdamW(model.parameters())
+    assert ours == peak_of(by_hand)
+
+
+def test_mixed_precision_with_a_scaler():
+    scaler = torch.amp.GradScaler("cuda")
+    _, accumulator = made(64, precision="fp16", scaler=scaler, max_grad_norm=1.0)
+    window = accumulator.step((torch.zeros(200, FEATURES), torch.zeros(200, FEATURES)))
+    assert (window.micro_batches, window.stepped) == (4, True)
