@@ -34,3 +34,10 @@ def test_the_loop_trains_with_the_size_that_was_found() -> None:
     for line in re.findall(r"^\+(.*)$", diff, re.MULTILINE):
         words = re.sub(r"\s+", "", line)
         assert words in re.sub(r"\s+", "", script.read_text())
+
+
+def test_the_example_of_accumulation_prints_what_the_readme_says() -> None:
+    printed = run(ROOT / "examples" / "accumulate.py")
+    promised = next(text for text in blocks("text") if text.startswith("4096 = "))
+    without_losses = re.compile(r"loss \d\.\d+")  # which are of random data
+    assert without_losses.sub("", printed).strip() == without_losses.sub("", promised).strip()
