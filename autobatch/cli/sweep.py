@@ -130,15 +130,18 @@ def _print_frontier(sweep: Sweep, points: Sequence[Point]) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in (sweep.option, "largest batch", "peak", "trials", "failures"):
+    evaluates = any(point.result is not None and point.result.eval_batch_size is not None for point in points)
+    for title in (sweep.option, "largest batch", *["evaluation"] * evaluates, "peak", "trials", "failures"):
         table.add_column(title, justify="right", no_wrap=True)
     for point in points:
         result = point.result
         if result is None:
-            table.add_row(str(point.value), "none", "", "", "")
+            table.add_row(str(point.value), "none")
             continue
         measured = next(iter(result.answer_measurements()), None)
         peak_bytes = measured.peak_allocated_bytes if measured is not None else None
-        counts = (str(result.trial_count), str(result.oom_count))
-        table.add_row(str(point.value), str(result.batch_size), format_bytes(peak_bytes), *counts)
+        sizes = [str(result.batch_size), *[str(result.eval_batch_size)] * evaluates]
+        table.add_row(
+            str(point.value), *sizes, format_bytes(peak_bytes), str(result.trial_count), str(result.oom_count)
+        )
     print_table(table)
