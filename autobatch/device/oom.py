@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import signal
 import sys
+import traceback
 from collections.abc import Iterator
 
 
@@ -92,7 +93,8 @@ _SHORT_LINE = 120
 def classify(exc: BaseException) -> Tier | None:
     """What ``exc`` says about memory, itself or through what caused it; None if nothing.
 
-    ``__cause__`` and ``__context__`` are followed; a context hidden by ``raise ... from None`` is not.
+    ``__cause__`` and ``__context__`` are followed; a context hidden by ``raise ... from None`` is not, nor is an error
+    that the caller is handling while this is asked: it was there before.
     """
     tiers = {tier for error in _chain(exc) if (tier := _tier_of(error))}
     return next((tier for tier in Tier if tier in tiers), None)
@@ -117,6 +119,12 @@ def first_line(exc: BaseException) -> str:
     return lines[0] if len(lines[0]) <= _SHORT_LINE else ". ".join(lines[0].split(". ")[:2])
 
 
+def forget_frames(exc: BaseException) -> None:
+    """Clears the locals of every frame that ``exc``, or one it is chained to, holds: they are the tensors."""
+    for error in _chain(exc, hidden=True):
+        traceback.clear_frames(error.__traceback__)
+
+
 def classify_exit(signal_number: int, *, memory_exhausted: bool) -> Tier | None:
     """What the death of a child process by ``signal_number`` says about memory; None if nothing.
 
@@ -129,16 +137,19 @@ def classify_exit(signal_number: int, *, memory_exhausted: bool) -> Tier | None:
     return {9: Tier.DEFINITE, int(signal.SIGSEGV): Tier.SUSPECT}.get(signal_number)
 
 
-def _chain(exc: BaseException) -> Iterator[BaseException]:
-    """``exc`` and what led to it, each once, nearest first."""
+def _chain(exc: BaseException, *, hidden: bool = False) -> Iterator[BaseException]:
+    """``exc`` and what led to it, each once, nearest first; with ``hidden`` also contexts that are not shown."""
     waiting, seen = [exc], set[int]()
+    handled = sys.exc_info()[1]
+    if handled is not exc:
+        seen.add(id(handled))
     while waiting:
         error = waiting.pop(0)
         if id(error) in seen:
             continue
         seen.add(id(error))
         yield error
-        context = None if error.__suppress_context__ else error.__context__
+        context = None if error.__suppress_context__ and not hidden else error.__context__
         waiting += [linked for linked in (error.__cause__, context) if linked is not None]
 
 

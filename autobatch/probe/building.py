@@ -25,10 +25,10 @@ def build(builder: Callable[..., Any], torch_device: str) -> Any:
             raise InvalidArgumentError("workload", workload, "a function that returns an autobatch.Workload")
         workload.to(torch_device)
         return workload
-    except Exception as exc:
-        if classify(exc) is not Tier.DEFINITE:
-            raise
+    except Exception as exc:  # noqa: BLE001 - classified below: what is not memory is raised unchanged
         failure = exc
+    if classify(failure) is not Tier.DEFINITE:
+        raise failure
     raise DoesNotFitError(f"the model alone does not fit on {torch_device}: {_needs(builder)}") from failure
 
 

@@ -34,7 +34,7 @@ def preserved(objects: Iterable[Any], torch_device: str) -> Iterator[Restore]:
     the restoring itself waits until that is done. Gives a function that puts it all back before that, as often as
     it is called.
     """
-    memento = _Memento()
+    memento = Memento()
     restores = [memento.capture(item) for item in objects]
     restores += _global_state(torch_device)
 
@@ -59,7 +59,7 @@ def fingerprint(*objects: Any, torch_device: str = "cpu") -> str:
     return digest.hexdigest()
 
 
-class _Memento:
+class Memento:
     """Captures objects and whatever hangs from them, each once however often it is reached (tied weights are)."""
 
     def __init__(self) -> None:
@@ -164,7 +164,7 @@ class _Memento:
 
 
 class _Fingerprint:
-    """Feeds everything :class:`_Memento` would capture to a hash, in a fixed order."""
+    """Feeds everything :class:`Memento` would capture to a hash, in a fixed order."""
 
     def __init__(self, update: Callable[[bytes], None]) -> None:
         self._update, self._numbers = update, dict[int, int]()

@@ -5,12 +5,11 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from autobatch.device.base import Device
-from autobatch.device.oom import Tier, classify, first_line
+from autobatch.device.oom import Tier, classify, first_line, forget_frames
 from autobatch.errors import DeviceCorruptedError
 from autobatch.probe.data import Batches
 from autobatch.probe.workload import Workload
@@ -81,7 +80,7 @@ def _run_once(workload: Workload, device: Device, request: TrialRequest) -> tupl
             measured = replace(device.measure(), capacity_bytes=request.limit_bytes or device.budget_bytes())
         streams = device.streams() if tier is Tier.DEFINITE else None
         if failure is not None and tier is not None:
-            _forget_frames(failure)
+            forget_frames(failure)
         clean_up(workload, device)
     if failure is not None and tier is None:
         raise failure
@@ -173,15 +172,3 @@ def _is_over(measured: Measurement | None) -> bool:
     if measured is None or measured.peak_reserved_bytes is None or measured.capacity_bytes is None:
         return False
     return measured.peak_reserved_bytes > measured.capacity_bytes
-
-
-def _forget_frames(exc: BaseException) -> None:
-    """Clears the locals of every frame that the exception, or one it is chained to, holds: they are the tensors."""
-    pending, seen = [exc], set()
-    while pending:
-        current = pending.pop()
-        if id(current) in seen:
-            continue
-        seen.add(id(current))
-        traceback.clear_frames(current.__traceback__)
-        pending += [link for link in (current.__cause__, current.__context__) if link is not None]

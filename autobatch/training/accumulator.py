@@ -7,6 +7,7 @@ undone and repeated in smaller micro-batches.
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -87,6 +88,10 @@ class Accumulator:
             if one is None:
                 raise InvalidArgumentError("optimizer", optimizer, "a torch optimizer, or a list of them")
             check_model(model, one, scheduler, scaler)
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            raise InvalidArgumentError(
+                "scheduler", "ReduceLROnPlateau", "one that steps without a metric; step it yourself"
+            )
         check_functions(loss_fn=loss_fn, count=count, on_recovery=on_recovery)
         check_options(precision=precision, max_grad_norm=max_grad_norm)
         check_positive("micro_batch_size", micro_batch_size)
@@ -102,10 +107,14 @@ class Accumulator:
         self._update = Update(model, optimizers, scaler=scaler, scheduler=scheduler, max_grad_norm=max_grad_norm)
         self.micro_batch_size = self._most = micro_batch_size
         self.windows = 0
-        self._clean = 0
+        self._clean, self._has_warned = 0, False
 
     def step(self, batch: Any) -> Window:
         """Trains one step on ``batch``: forward and backward in micro-batches, clipping, and the optimizers.
+
+        Args:
+            batch: tensors whose first dimension is the sample, in mappings, sequences or dataclasses as the model or
+                ``loss_fn`` takes them; on the host or on the device.
 
         Raises:
             InvalidArgumentError: if ``batch`` cannot be split, or the loss is not a scalar.
@@ -114,28 +123,33 @@ class Accumulator:
             Exception: what the model raises for a reason other than memory, unchanged; gradients are dropped.
         """
         started_s = time.perf_counter()
-        samples = samples_of(batch)
-        ran = None
+        samples, ran, most = samples_of(batch), None, self.micro_batch_size
         snapshot = self._snapshot()
-        while ran is None:
+        try:
+            while ran is None:
+                self._update.zero_grad()
+                ran = self._attempt(batch, samples, snapshot)
+        except BaseException:
             self._update.zero_grad()
-            ran = self._attempt(batch, samples, snapshot)
+            self.micro_batch_size = most  # a window that is given up says nothing of the next
+            raise
         window = self._finished(*ran, samples, started_s)
         self.windows += 1
         self._grow()
         return window
 
     def _snapshot(self) -> Snapshot:
+        failure = None
         try:
             return Snapshot(self._modules(), self._device())
-        except Exception as exc:
-            if classify(exc) is not Tier.DEFINITE:
-                raise
+        except Exception as exc:  # noqa: BLE001 - classified below
             failure = exc
+        if classify(failure) is not Tier.DEFINITE:
+            raise failure
         forget(failure, self._device())  # what is cached may be enough
         return Snapshot(self._modules(), self._device())
 
-    def _attempt(self, batch: Any, samples: int, snapshot: Snapshot) -> tuple[Tensor, list[int]] | None:
+    def _attempt(self, batch: Any, samples: int, snapshot: Snapshot) -> tuple[Tensor, list[float]] | None:
         """The window's loss and the terms of its parts, with the gradients accumulated. None if memory ran out and less
         is to be tried.
         """
@@ -145,22 +159,25 @@ class Accumulator:
         except Exception as exc:  # noqa: BLE001 - classified below: what is not memory is raised unchanged
             failure = exc
         tier, message = classify(failure), first_line(failure)
-        self._update.zero_grad()
-        if tier is Tier.FATAL:
-            raise DeviceCorruptedError(f"in window {self.windows}: {message}") from failure
-        if tier not in _RECOVERED:
-            raise failure
-        forget(failure, self._device())
-        snapshot.restore()
         size = -(-samples // -(-samples // self.micro_batch_size))
-        if size == 1 and tier is Tier.SUSPECT:
-            raise failure  # smaller is what could have told that it meant memory
+        try:
+            if tier is Tier.FATAL:
+                raise DeviceCorruptedError(f"in window {self.windows}: {message}") from failure
+            if tier not in _RECOVERED:
+                raise failure
+            self._update.zero_grad()
+            forget(failure, self._device())
+            snapshot.restore()
+            if size == 1 and tier is Tier.SUSPECT:
+                raise failure  # smaller is what could have told that it meant memory
+        finally:
+            del failure  # with its traceback it would keep this frame alive, and the batch
         if size == 1:
             raise DoesNotFitError(f"in window {self.windows} not even one sample fits: {message}")
         self._halve(size, message)
         return None
 
-    def _run(self, parts: list[Any]) -> tuple[Tensor, list[int]]:
+    def _run(self, parts: list[Any]) -> tuple[Tensor, list[float]]:
         terms = [self._terms(part) for part in parts]
         self._warn_of_batch_norm(len(parts))
         total = torch.zeros((), device=self._device())
@@ -185,7 +202,7 @@ class Accumulator:
             raise InvalidArgumentError("loss_fn", f"a function that returns {what}", "one that returns a scalar tensor")
         return loss
 
-    def _finished(self, loss: Tensor, terms: list[int], samples: int, started_s: float) -> Window:
+    def _finished(self, loss: Tensor, terms: list[float], samples: int, started_s: float) -> Window:
         norm, stepped = None, False
         if sum(terms):
             norm, stepped = self._applied()
@@ -202,18 +219,25 @@ class Accumulator:
         )
 
     def _applied(self) -> tuple[Tensor, bool]:
+        failure = None
         try:
             return self._update.apply()
-        except Exception as exc:
-            if classify(exc) is not Tier.DEFINITE:
-                raise
-            raise DoesNotFitError(
-                f"memory ran out in the optimizer's step of window {self.windows}, which cannot be undone: "
-                f"{first_line(exc)}"
-            ) from exc
+        except Exception as exc:  # noqa: BLE001 - classified below
+            failure = exc
+        if classify(failure) is not Tier.DEFINITE:
+            raise failure
+        said = f"memory ran out in the optimizer's step of window {self.windows}, which cannot be undone"
+        raise DoesNotFitError(f"{said}: {first_line(failure)}") from failure
 
-    def _terms(self, part: Any) -> int:
-        return samples_of(part) if self._count is None else int(self._count(part))
+    def _terms(self, part: Any) -> float:
+        if self._count is None:
+            return samples_of(part)
+        terms = float(self._count(part))
+        if not 0 <= terms < math.inf:
+            raise InvalidArgumentError(
+                "count", f"a function that returns {terms}", "one that returns a number from 0 on"
+            )
+        return terms
 
     def _halve(self, size: int, message: str) -> None:
         half = self.micro_batch_size // 2
@@ -237,12 +261,13 @@ class Accumulator:
         return [self.model, *([self._loss_fn] if isinstance(self._loss_fn, nn.Module) else [])]
 
     def _warn_of_batch_norm(self, parts: int) -> None:
-        if parts == 1 or self.windows:
+        if parts == 1 or self._has_warned:
             return
+        self._has_warned = True
         for name, module in self.model.named_modules():
             if isinstance(module, _BatchNorm) and module.training:
                 told = f"{name or type(module).__name__} takes its statistics from a micro-batch, not the whole batch"
-                warnings.warn(told, AutobatchWarning, stacklevel=3)
+                warnings.warn(told, AutobatchWarning, stacklevel=5)
                 return
 
 

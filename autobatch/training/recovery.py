@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -11,7 +10,9 @@ import torch
 from torch import nn
 
 from autobatch.device.local import resolve_local
+from autobatch.device.oom import forget_frames
 from autobatch.probe.random_numbers import random_states
+from autobatch.probe.state import Memento
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,19 +33,24 @@ OnRecovery = Callable[[Recovery], None]
 
 
 class Snapshot:
-    """Random numbers and buffers at the start of a window. Whatever else forward and backward change is gradients."""
+    """Random numbers and buffers at the start of a window. Whatever else forward and backward change is gradients.
+
+    The copies are on the host, where they take nothing of what a step needs.
+    """
 
     def __init__(self, modules: Iterable[nn.Module], device: torch.device) -> None:
         self._random = random_states(str(device))
-        self._buffers = [(buffer, buffer.detach().clone()) for module in modules for buffer in module.buffers()]
+        memento = Memento()
+        parts = [part for module in modules for part in module.modules()]
+        generators = [item for part in parts for item in vars(part).values() if isinstance(item, torch.Generator)]
+        self._restores = [memento.capture(item) for item in (*[part._buffers for part in parts], *generators)]
 
     def restore(self) -> None:
-        """Puts everything back, in place."""
+        """Puts everything back, also a buffer that was replaced by another."""
         for put_back, state in self._random:
             put_back(state)
-        with torch.no_grad():
-            for buffer, saved in self._buffers:
-                buffer.copy_(saved)
+        for restore in self._restores:
+            restore()
 
 
 def forget(failure: BaseException, device: torch.device) -> None:
@@ -52,9 +58,6 @@ def forget(failure: BaseException, device: torch.device) -> None:
 
     To be called outside the ``except`` block: inside, the traceback keeps the tensors of the step alive.
     """
-    linked: BaseException | None = failure
-    while linked is not None:
-        traceback.clear_frames(linked.__traceback__)
-        linked = linked.__cause__ or linked.__context__
+    forget_frames(failure)
     gc.collect()
     resolve_local(str(device)).release()

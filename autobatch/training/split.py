@@ -33,8 +33,8 @@ def samples_of(batch: Any) -> int:
 def micro_batches(batch: Any, samples: int, most: int) -> Iterator[Any]:
     """``batch`` of ``samples`` in as few parts of at most ``most`` samples as there can be, alike to one sample.
 
-    Tensors are views. Lists and tuples with an item for each sample that hold no tensor (texts, ids) are cut too; what
-    else there is goes into every part as it is.
+    Tensors are views. Lists with an item for each sample that hold no tensor (texts, names) are cut too; what else
+    there is goes into every part as it is.
     """
     parts = -(-samples // most)
     if parts == 1:
@@ -58,4 +58,4 @@ def _cut(batch: Any, samples: int, part: slice) -> Any:
 
 
 def _is_column(item: Any) -> bool:
-    return isinstance(item, (list, tuple)) and not hasattr(item, "_fields") and not tensors(item)
+    return isinstance(item, list) and not tensors(item)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -37,30 +38,53 @@ class Update:
 
     def apply(self) -> tuple[Tensor, bool]:
         """The norm of the gradients before clipping, and whether the optimizers took their step."""
-        norm = self._clipped()
-        stepped = self._stepped()
-        self.zero_grad()
+        stepping = [optimizer for optimizer in self._optimizers if any(_gradients(_parameters_of(optimizer)))]
+        try:
+            norm = self._clipped(stepping)
+            stepped = self._stepped(stepping, norm)
+        except BaseException:
+            self._forget_scaling()
+            raise
+        finally:
+            self.zero_grad()
         if stepped and self._scheduler is not None:
             self._scheduler.step()
         return norm, stepped
 
-    def _clipped(self) -> Tensor:
+    def _clipped(self, stepping: Sequence[Any]) -> Tensor:
         if self._scaler is not None:
-            for optimizer in self._optimizers:
+            for optimizer in stepping:
                 self._scaler.unscale_(optimizer)
-        parameters = [parameter for parameter in self._model.parameters() if parameter.grad is not None]
-        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        # A loss function may have parameters too, which an optimizer knows and the model does not.
+        known = [*self._model.parameters(), *(p for optimizer in self._optimizers for p in _parameters_of(optimizer))]
+        gradients = list(_gradients({id(parameter): parameter for parameter in known}.values()))
+        norm = nn.utils.get_total_norm([gradient for _, gradient in gradients])
         if self._max_grad_norm is not None:
-            nn.utils.clip_grads_with_norm_(parameters, self._max_grad_norm, norm)
+            nn.utils.clip_grads_with_norm_([parameter for parameter, _ in gradients], self._max_grad_norm, norm)
         return norm
 
-    def _stepped(self) -> bool:
+    def _stepped(self, stepping: Sequence[Any], norm: Tensor) -> bool:
         if self._scaler is None:
-            for optimizer in self._optimizers:
+            for optimizer in stepping:
                 optimizer.step()
             return True
-        before = self._scaler.get_scale()
-        for optimizer in self._optimizers:
+        # The scaler would ask each optimizer for itself, and step some of them. It is one step, or none.
+        stepped = bool(torch.isfinite(norm))
+        for optimizer in stepping if stepped else ():
             self._scaler.step(optimizer)
-        self._scaler.update()
-        return bool(self._scaler.get_scale() >= before)  # a scaler that found an inf has skipped the step, and halves
+        if stepping:
+            self._scaler.update()
+        return stepped
+
+    def _forget_scaling(self) -> None:
+        """After an error the scaler still holds what it knows of the step, and would refuse the next."""
+        if self._scaler is not None:
+            self._scaler._per_optimizer_states.clear()
+
+
+def _parameters_of(optimizer: Any) -> Iterator[nn.Parameter]:
+    return (parameter for group in optimizer.param_groups for parameter in group["params"])
+
+
+def _gradients(parameters: Iterable[nn.Parameter]) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    return ((parameter, parameter.grad) for parameter in parameters if parameter.grad is not None)

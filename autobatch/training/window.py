@@ -16,8 +16,8 @@ class Window:
     grad_norm: Tensor | None
     """The norm of all gradients before clipping, on the model's device; None where there was no loss term."""
     samples: int
-    terms: int
-    """The loss terms: samples, or what ``count`` says."""
+    terms: float
+    """The loss terms: samples, or what ``count`` says, which may be a sum of weights."""
     micro_batches: int
     stepped: bool
     """False where the optimizers made no step: no loss term at all, or a GradScaler that found an inf."""
