@@ -201,7 +201,7 @@ def probe(
     Exit codes:
       0  found                          3    the device: not there, or broken
       1  not even one sample fits       4    the workload failed by itself
-      2  a wrong option or name         130  interrupted
+      2  a wrong option or name         130  interrupted, 143 terminated
     """
     model_options = ModelOptions(**{name: options.pop(name) for name in _MODEL_OPTIONS})
     command = command_of(ctx, target, model_options, count=count, verbose=verbose)

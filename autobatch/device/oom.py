@@ -93,7 +93,7 @@ _SHORT_LINE = 120
 def classify(exc: BaseException) -> Tier | None:
     """What ``exc`` says about memory, itself or through what caused it; None if nothing.
 
-    ``__cause__`` and ``__context__`` are followed; a context hidden by ``raise ... from None`` is not, nor is an error
+    ``__cause__`` and ``__context__`` are followed; a context hidden by ``raise ... from None`` is not, nor is one
     that the caller is handling while this is asked: it was there before.
     """
     tiers = {tier for error in _chain(exc) if (tier := _tier_of(error))}
@@ -141,8 +141,6 @@ def _chain(exc: BaseException, *, hidden: bool = False) -> Iterator[BaseExceptio
     """``exc`` and what led to it, each once, nearest first; with ``hidden`` also contexts that are not shown."""
     waiting, seen = [exc], set[int]()
     handled = sys.exc_info()[1]
-    if handled is not exc:
-        seen.add(id(handled))
     while waiting:
         error = waiting.pop(0)
         if id(error) in seen:
@@ -150,7 +148,8 @@ def _chain(exc: BaseException, *, hidden: bool = False) -> Iterator[BaseExceptio
         seen.add(id(error))
         yield error
         context = None if error.__suppress_context__ and not hidden else error.__context__
-        waiting += [linked for linked in (error.__cause__, context) if linked is not None]
+        before = context is handled and handled is not exc
+        waiting += [linked for linked in (error.__cause__, None if before else context) if linked is not None]
 
 
 def _tier_of(error: BaseException) -> Tier | None:

@@ -200,11 +200,9 @@ def _towards_the_bound(bracket: Bracket, bound: float, just_beyond: int, *, is_f
     way = bracket.rank(bound) - bracket.low
     if not is_first:
         return round(_TOWARDS * way)
-    return (
-        just_beyond
-        if (bracket.aim or bracket.size) >= bound
-        else min(max(just_beyond, int(_BEYOND * way)), (way + 1) // 2)
-    )
+    if (bracket.aim or bracket.size) >= bound:
+        return just_beyond
+    return min(max(just_beyond, int(_BEYOND * way)), (way + 1) // 2)
 
 
 def _close(bracket: Bracket) -> None:

@@ -25,11 +25,11 @@ def check_arguments(
         InvalidArgumentError: naming the argument, its value and what is allowed.
     """
     rounding = Rounding(multiple_of)
-    _check_count("start", start)
+    check_count("start", start)
     optional = {"max_batch_size": max_batch_size, "capacity_bytes": capacity_bytes, "first_guess": first_guess}
     for name, count in optional.items():
         if count is not None:
-            _check_count(name, count)
+            check_count(name, count)
     if not isinstance(avoid_oom, bool):
         raise InvalidArgumentError("avoid_oom", avoid_oom, "True or False")
     if not _is_number(growth) or not 1 < growth < math.inf:
@@ -41,7 +41,8 @@ def check_arguments(
     return rounding
 
 
-def _check_count(argument: str, value: object) -> None:
+def check_count(argument: str, value: object) -> None:
+    """Raises InvalidArgumentError unless ``value`` is a whole number of at least 1."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise InvalidArgumentError(argument, value, "a positive whole number")
 

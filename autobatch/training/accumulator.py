@@ -21,8 +21,8 @@ from autobatch.device.oom import Tier, classify, first_line
 from autobatch.errors import AutobatchWarning, DeviceCorruptedError, DoesNotFitError, InvalidArgumentError, RankError
 from autobatch.probe.batch import move, tensors
 from autobatch.probe.forward import forward
+from autobatch.probe.search_arguments import check_count
 from autobatch.probe.workload_arguments import check_functions, check_model, check_options
-from autobatch.training.plan import check_positive
 from autobatch.training.recovery import OnRecovery, Recovery, Snapshot, forget
 from autobatch.training.split import micro_batches, samples_of
 from autobatch.training.update import Update
@@ -94,9 +94,9 @@ class Accumulator:
             )
         check_functions(loss_fn=loss_fn, count=count, on_recovery=on_recovery)
         check_options(precision=precision, max_grad_norm=max_grad_norm)
-        check_positive("micro_batch_size", micro_batch_size)
+        check_count("micro_batch_size", micro_batch_size)
         if grow_after is not None:
-            check_positive("grow_after", grow_after)
+            check_count("grow_after", grow_after)
         if reduction not in REDUCTIONS:
             raise InvalidArgumentError("reduction", reduction, f"one of {', '.join(REDUCTIONS)}")
         if precision == "fp16" and scaler is None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from autobatch.errors import InvalidArgumentError
+from autobatch.probe.search_arguments import check_count
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +57,7 @@ def plan_accumulation(
         ("world_size", world_size),
     ):
         if argument != "effective_batch_size" or value is not None:
-            check_positive(argument, value)
+            check_count(argument, value)
     if effective_batch_size is None:
         effective_batch_size = micro_batch_size * world_size
     if effective_batch_size < world_size:
@@ -74,9 +74,3 @@ def plan_accumulation(
         remainder=0 if remainder == micro * world_size else remainder,
         world_size=world_size,
     )
-
-
-def check_positive(argument: str, value: Any) -> None:
-    """Raises InvalidArgumentError unless ``value`` is a whole number of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InvalidArgumentError(argument, value, "a positive whole number")

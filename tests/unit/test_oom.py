@@ -162,6 +162,21 @@ def test_a_suppressed_context_is_not_followed_but_its_cause_is() -> None:
     assert classify(wrapped.value) is Tier.DEFINITE
 
 
+def test_a_context_that_the_caller_is_handling_was_there_before_but_a_cause_counts() -> None:
+    found: list[Tier | None] = []
+    outer = torch.OutOfMemoryError("CUDA out of memory.")
+    try:
+        raise outer
+    except torch.OutOfMemoryError:
+        with pytest.raises(ValueError, match="a bug") as caught:
+            raise ValueError("a bug of its own")  # noqa: B904 - that is the case
+        found += [classify(caught.value), classify(outer)]
+        caught.value.__cause__ = outer
+        found.append(classify(caught.value))
+    assert caught.value.__context__ is outer
+    assert found == [None, Tier.DEFINITE, Tier.DEFINITE]
+
+
 def test_circles_of_causes_end() -> None:
     first, second = RuntimeError("one"), RuntimeError("two")
     first.__cause__, second.__cause__ = second, first

@@ -5,10 +5,11 @@
 #define _GNU_SOURCE
 #include "binary.h"
 
-#include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+
+#include "card.h"
 
 #define WRAPPER_MAGIC 0x466243b1u  // NVIDIA's fatbinary_section.h
 #define HEADER_MAGIC 0xba55ed50u
@@ -46,7 +47,6 @@ struct kernel {
   const struct binary *binary;
 };
 
-static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static struct kernel *kernels;  // open addressing; a power of two of them, at most half of them taken
 static size_t room, taken;
 
@@ -54,9 +54,10 @@ static void read_architectures(const struct wrapper *wrapper, struct binary *bin
   const struct header *header = (const struct header *)wrapper->data;
   if (wrapper->magic != WRAPPER_MAGIC || !header || header->magic != HEADER_MAGIC) return;
   const uint8_t *next = wrapper->data + header->header_bytes, *end = next + header->data_bytes;
-  while (next + sizeof(struct entry) <= end && binary->count < MAX_ARCHITECTURES) {
+  while (next + sizeof(struct entry) <= end) {
     struct entry entry;
     memcpy(&entry, next, sizeof entry);
+    if (binary->count == MAX_ARCHITECTURES) abort();  // torch 2.14 has twelve at most
     if (entry.kind == KIND_MACHINE_CODE) binary->architectures[binary->count++] = (uint16_t)entry.architecture;
     if (!entry.header_bytes) return;
     next += entry.header_bytes + entry.data_bytes;
@@ -88,18 +89,18 @@ static void grow(void) {
 }
 
 void binary_register_kernel(void **handle, const void *host) {
-  pthread_mutex_lock(&lock);
+  tables_lock();
   if (2 * (taken + 1) > room) grow();
   struct kernel *place = place_of(kernels, room, host);
   taken += !place->host;
   *place = (struct kernel){host, (const struct binary *)handle};
-  pthread_mutex_unlock(&lock);
+  tables_unlock();
 }
 
 int binary_architecture(const void *host, int capability) {
-  pthread_mutex_lock(&lock);
+  tables_lock();
   const struct binary *binary = room ? place_of(kernels, room, host)->binary : NULL;
-  pthread_mutex_unlock(&lock);
+  tables_unlock();
   int own = 0, below = 0, lowest = 0;
   for (int i = 0; binary && i < binary->count; i++) {
     int architecture = binary->architectures[i];
