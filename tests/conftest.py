@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import itertools
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,6 +36,14 @@ def _answers_of_this_module(tmp_path_factory: pytest.TempPathFactory) -> Iterato
 def _answers_of_this_test(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test finds the answer of another, nor leaves one in the user's own cache."""
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path_factory.mktemp("answers")))
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """What runs in the background has inherited to ignore an interrupt."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def has_real_gpu() -> bool:

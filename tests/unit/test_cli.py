@@ -116,6 +116,7 @@ def test_an_error_is_one_line_on_stderr_and_a_code(failing, exc, code, line):
     assert (shown.exit_code, shown.stdout, shown.stderr) == (code, "", f"Error: {line}\n")
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_that_comes_out_as_another_error_is_one(monkeypatch):
     """As numpy's import does with it."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -42,11 +44,17 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
     return device
 
 
-def hold(seconds: float) -> subprocess.Popen[str]:
+@contextlib.contextmanager
+def hold(seconds: float) -> Iterator[subprocess.Popen[str]]:
+    """Another process that has the lock; it ends with the block, however that is left."""
     process = subprocess.Popen([sys.executable, "-c", HOLDER, str(seconds)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "held\n"
-    return process
+    with process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "held\n"
+            yield process
+        finally:
+            process.kill()
 
 
 def is_silent(device: FakeDevice) -> bool:
@@ -59,10 +67,11 @@ def is_silent(device: FakeDevice) -> bool:
 
 
 def test_a_second_probe_waits_and_says_so(gpu):
-    with hold(3):
+    with hold(3) as holder:
         started_s = time.monotonic()
         with pytest.warns(AutobatchWarning, match="another probe is at work on xpu:0: waiting"), device_lock(gpu):
             assert time.monotonic() - started_s > 0.2
+        assert holder.wait() == 0
     assert is_silent(gpu)
 
 
@@ -73,13 +82,13 @@ def test_a_killed_probe_holds_nothing(gpu):
     assert is_silent(gpu)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupted_wait_holds_nothing(gpu):
-    with hold(1000) as holder:
+    with hold(1000):
         timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
         timer.start()
         with pytest.warns(AutobatchWarning), pytest.raises(KeyboardInterrupt), device_lock(gpu):
             pass
-        holder.kill()
     assert is_silent(gpu)
     assert child_environment() == {}
 
@@ -101,11 +110,10 @@ def test_a_child_passes_under_the_lock_of_its_parent(gpu, monkeypatch):
     with device_lock(gpu):
         told = child_environment()
     assert told == {HELD_VARIABLE: str(lock_path(gpu))}
-    with hold(1000) as holder:
+    with hold(1000):
         monkeypatch.setenv(HELD_VARIABLE, told[HELD_VARIABLE])
         assert is_silent(gpu)
         assert child_environment() == told
-        holder.kill()
 
 
 def test_another_thread_waits(gpu):
