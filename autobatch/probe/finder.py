@@ -81,8 +81,8 @@ def find(
             can reach one. On host memory (Linux) live objects are tried in forks of this process: there a library that
             is refused memory may crash. ``environment["trials_in"]`` of the result says which it was.
         time_limit_s: seconds after which no larger size is tried.
-        first_guess: a size near which the answer is expected: the search begins just below it. Without one, on a real
-            NVIDIA GPU, it is the answer of a virtual one, where the workload can reach a child process.
+        first_guess: a size near which the answer is expected: the search begins there. Without one, on a real NVIDIA
+            GPU, it begins at the answer of a virtual one, where the workload can reach a child process.
         cache: None for no cache; True, or a folder, to keep the answer there and to look there first. An answer that
             is found there is confirmed by one trial.
         on_trial: called with each :class:`~autobatch.result.Trial` as it ends, those of the confirmation too.

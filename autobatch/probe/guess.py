@@ -53,7 +53,7 @@ def virtual_guess(source: Source, card: str, search: Callable[[Executor], int]) 
             guess = search(executor)
     except Exception as exc:  # noqa: BLE001 - a workload may fail in any way where all values are zero
         return None, f"A virtual GPU could not be asked for a first guess ({type(exc).__name__})."
-    return guess, f"The search began just below {guess}, the answer of a virtual GPU of the same size."
+    return guess, f"The search began at {guess}, the answer of a virtual GPU of the same size."
 
 
 def _there(source: Source, device: VirtualGPU) -> Executor | None:

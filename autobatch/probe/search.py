@@ -19,7 +19,6 @@ from autobatch.probe.settling import STEP_DOWN, regain, settle
 
 # Tuned on trials recorded on virtual cards (tests/data/oracles_*.json). Each changes what a search costs, none what it
 # answers.
-_BELOW_GUESS = 0.91  # where a guess is asked: one that is 10 % too high provokes no failure there
 _BEYOND_GUESS = 1.2  # an aim so many times the guess was seen from too near
 _SPARED = 0.975  # at most so much of the bound is aimed at, for the allocator cannot reuse all that it holds
 _NEAR = 1.04  # an aim at most this many times the size is not worth a jump
@@ -74,7 +73,7 @@ def search(
         multiple_of: which sizes are permitted, see :class:`~autobatch.probe.rounding.Rounding`.
         growth: factor from one size to the next while the peaks say nothing; a jump that they support may be longer.
         capacity_bytes: what the workload can have in all. Without it peaks are not used.
-        first_guess: where the answer is expected: a size just below it is asked in place of ``start``.
+        first_guess: a size to ask in place of ``start`` because the answer is expected there.
         avoid_oom: approach from below and stop where the peaks do not promise that more fits.
         time_limit_s: after this many seconds no more is asked once a size is known to fit.
         clock: seconds, for ``time_limit_s``.
@@ -118,7 +117,7 @@ def search(
 
 def _find(bracket: Bracket, *, first_guess: int | None, avoid_oom: bool) -> None:
     """Narrows the bracket until it is closed, or for as long as the caller allows."""
-    bracket.try_rank(bracket.start if first_guess is None else bracket.rank(_BELOW_GUESS * first_guess))
+    bracket.try_rank(bracket.start if first_guess is None else bracket.rank(first_guess))
     if not bracket.low:
         _fall(bracket, near_the_answer=first_guess is not None)
     if avoid_oom:
