@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from autobatch.device.oom import is_oom
+from autobatch.probe.forward import forward
 from benchmarks.measure import STEPS, STEPS_AFTER, Found, Peer, Task
 
 START = 2048
@@ -142,7 +143,8 @@ def _lightning_module(task: Task) -> Any:
             self.model, self.batch_size = workload.model, 1
 
         def training_step(self, batch: Any, index: int) -> Any:
-            return workload._loss(workload._output(batch), batch)
+            _, loss = forward(workload.model, workload.loss_fn, batch, precision=workload.precision, device=self.device)
+            return loss
 
         def configure_optimizers(self) -> Any:
             return workload.optimizer
