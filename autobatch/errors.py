@@ -14,7 +14,8 @@
     ├── IntegrationError                      a trainer of somebody else's
     │   ├── MissingDependencyError (ImportError)
     │   └── UnsupportedTrainerError
-    └── RankError                             the ranks of a distributed job cannot agree
+    ├── RankError                             the ranks of a distributed job cannot agree
+    └── CheckpointError                       a checkpoint cannot be used, or not be written
 
 An error of the user's own workload is never wrapped when it can be raised as it was.
 All of them pickle: they cross process borders.
@@ -113,4 +114,18 @@ class UnsupportedTrainerError(IntegrationError):
 
 
 class RankError(AutobatchError):
-    """The ranks of a distributed job cannot agree, or one of them is gone."""
+    """The ranks of a distributed job cannot agree, or one of them failed or is gone.
+
+    ``rank`` is the one that failed for a reason of its own, which its own process raises; None where it is not that.
+    """
+
+    def __init__(self, message: str, rank: int | None = None) -> None:
+        super().__init__(message, rank)
+        self.message, self.rank = message, rank
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class CheckpointError(AutobatchError):
+    """A checkpoint cannot be used, and nothing of it was loaded; or it cannot be written."""

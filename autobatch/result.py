@@ -220,6 +220,13 @@ def _shuffled_and_fits(trial: Trial) -> tuple[int, str] | None:
     return (trial.batch_size, trial.mode) if trial.fits and trial.history.startswith(SHUFFLED) else None
 
 
+def _cap_reached(result: BatchSizeResult) -> str:
+    effective, ranks = result.environment.get("effective_batch_size"), result.environment.get("ranks", 1)
+    if effective is not None and result.batch_size * ranks >= effective:
+        return f"an effective batch of {effective} takes no more"
+    return "the largest size allowed"
+
+
 def _conclusion(result: BatchSizeResult) -> str:
     device = result.environment.get("device", "an unknown device")
     if result.environment.get("virtual"):
@@ -227,7 +234,7 @@ def _conclusion(result: BatchSizeResult) -> str:
     reasons = {
         "next_size_failed": f"{result.smallest_failure} does not fit",
         "stepped_down": f"{result.smallest_failure} did not keep fitting",
-        "max_batch_size": "the largest size allowed",
+        "max_batch_size": _cap_reached(result),
         "dataset": "the data set has no more samples",
         "memory_model": "the memory model allows no more without risking a failure",
         "time_limit": "the time limit was reached",

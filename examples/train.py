@@ -8,6 +8,7 @@ import torchvision
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--batch-size", type=int, default=32)
+parser.add_argument("--accumulation-steps", type=int, default=1)
 parser.add_argument("--epochs", type=int, default=1)
 parser.add_argument("--samples", type=int, default=100_000)
 parser.add_argument("--out", type=Path, default=Path())
@@ -21,11 +22,13 @@ def main() -> None:
     model = torchvision.models.resnet18().to(device)
     optimizer = torch.optim.AdamW(model.parameters())
     for _ in range(options.epochs):
-        for images, labels in loader:
+        for number, (images, labels) in enumerate(loader):
             loss = torch.nn.functional.cross_entropy(model(images.to(device)), labels.to(device))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            if number % options.accumulation_steps == 0:
+                optimizer.zero_grad()
+            (loss / options.accumulation_steps).backward()
+            if (number + 1) % options.accumulation_steps == 0:
+                optimizer.step()
         torch.save(model.state_dict(), options.out / "model.pt")
 
 

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from autobatch.cli.accumulation import planned
 from autobatch.cli.errors import workload_errors
+from autobatch.cli.ranks import present_job
 from autobatch.cli.targets import Target
 from autobatch.probe.command import Command
 
@@ -25,6 +27,7 @@ class Chosen:
     any_capability: bool
     count: int
     options: dict[str, Any]
+    effective_batch_size: int | None = None
 
     def place(self, workload: Target | Command) -> Device:
         """The device. Says which it is, who else uses it, and what will run there."""
@@ -38,6 +41,7 @@ class Chosen:
         place = resolve_device(
             self.device, memory_limit_bytes=limit_bytes, any_capability=self.any_capability, count=self.count
         )
+        place = present_job().part_of(place)
         info = identify(place)
         lines = (device_line(info, place.torch_device), *other_lines(info), f"Target: {workload.title}")
         for line in (*lines, *_warnings(workload)):
@@ -61,8 +65,12 @@ class Chosen:
                 result = find(
                     workload, device=place, on_trial=display.on_trial, first_guess=first_guess, **self.options
                 )
+        plan = None
+        if self.effective_batch_size is not None:
+            result, plan = planned(result, self.effective_batch_size, self.options)
         said = _warnings(workload)
-        for line in closing_lines(replace(result, notes=tuple(note for note in result.notes if note not in said))):
+        shown = replace(result, notes=tuple(note for note in result.notes if note not in said))
+        for line in closing_lines(shown, plan):
             say(console, line)
         return result
 

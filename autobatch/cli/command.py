@@ -49,8 +49,8 @@ def command_of(
         return None
     for name in ModelOptions.__dataclass_fields__:
         value: Any = getattr(options, name)
-        if value not in (None, False):
+        if value not in (None, False) and name != "effective_batch_size":
             raise InvalidArgumentError(
                 name, value, "left out: it means nothing to a command, which has its own options"
             )
-    return Command(words, verbose=verbose)
+    return Command(words, effective_batch_size=options.effective_batch_size, verbose=verbose)

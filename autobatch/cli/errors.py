@@ -32,6 +32,7 @@ from autobatch.errors import (
     DoesNotFitError,
     InvalidArgumentError,
     MissingDependencyError,
+    RankError,
     WorkloadFailedError,
 )
 
@@ -127,7 +128,7 @@ def _coded(ctx: click.Context) -> Iterator[None]:
     except Terminated as exc:
         raise Failure("terminated", int(str(exc.code)), _details(ctx, exc)) from exc
     except AutobatchError as exc:
-        raise Failure(_line(ctx, exc), _exit_code(exc), _details(ctx, exc)) from exc
+        raise Failure(_line(ctx, exc), exit_code_of(exc), _details(ctx, exc)) from exc
     except (click.ClickException, BrokenPipeError):  # click ends quietly when nobody reads on, as in `... | head`
         raise
     except Exception as exc:
@@ -178,7 +179,10 @@ def _workload_line(exc: BaseException) -> str:
     return f"the workload failed by itself: {type(exc).__name__}{': ' if first else ''}{first}{hint}"
 
 
-def _exit_code(exc: AutobatchError) -> int:
+def exit_code_of(exc: AutobatchError) -> int:
+    """The exit code that goes with ``exc``; with another rank's error, the one of that."""
+    if isinstance(exc, RankError) and isinstance(exc.__cause__, AutobatchError):
+        return exit_code_of(exc.__cause__)
     for kind, code in (
         (DoesNotFitError, DOES_NOT_FIT),
         (InvalidArgumentError, BAD_USAGE),

@@ -12,9 +12,11 @@ from typing import Any
 
 import click
 
+from autobatch.cli.accumulation import check_effective_batch, limits
 from autobatch.cli.chosen import Chosen
 from autobatch.cli.command import AfterDashes, command_of
 from autobatch.cli.errors import Terminated, traceback_option
+from autobatch.cli.ranks import in_job
 from autobatch.cli.sweep import Sweep, parse_sweep, plot_sweep, run_sweep, sweep_json, sweep_targets
 from autobatch.cli.targets import ModelOptions, Target, parse_target
 from autobatch.cli.targets.common import OPTIMIZERS
@@ -109,6 +111,13 @@ def _picture(ctx: click.Context, param: click.Parameter, value: str | None) -> P
 @click.option("--start", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="First size tried.")
 @click.option("--max-batch-size", type=click.IntRange(1), metavar="N", help="Try nothing larger.")
 @click.option(
+    "--effective-batch-size",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Samples of an optimizer step, over all ranks: trials accumulate gradients, and the answer has the plan. In a "
+    "command {accumulation_steps} stands for its steps.",
+)
+@click.option(
     "--multiple-of",
     callback=_multiple,
     default="auto",
@@ -178,7 +187,7 @@ def probe(
     TARGET is a model that autobatch can make by itself, with random weights and nothing downloaded, or a function of
     yours that returns an autobatch.Workload. It is given `device`, and options by their names, if it takes them.
     COMMAND is a training command as you have it, with {batch_size} where the number goes. {scratch} in it is a folder
-    that is new in each trial.
+    that is new in each trial; {accumulation_steps} goes with --effective-batch-size.
 
     \b
     Targets:
@@ -196,6 +205,11 @@ def probe(
       autobatch probe hf:gpt2 --gpu a100-40gb --sweep seq_len=256,512,1024 --plot frontier.png
       autobatch probe --gpu a100-40gb -- python train.py --batch-size {batch_size} --out {scratch}
       autobatch probe --gpu l4 --count 2 -- torchrun --nproc-per-node 2 train.py --batch-size {batch_size}
+      autobatch probe hf:gpt2 --gpu a100-40gb --effective-batch-size 512
+      autobatch probe --effective-batch-size 512 -- python train.py --batch {batch_size} --steps {accumulation_steps}
+
+    Under torchrun the ranks agree on one size for TARGET, and rank 0 prints it:
+    `torchrun --nproc-per-node=2 -m autobatch probe TARGET`.
 
     \b
     Exit codes:
@@ -204,23 +218,32 @@ def probe(
       2  a wrong option or name         130  interrupted, 143 terminated
     """
     model_options = ModelOptions(**{name: options.pop(name) for name in _MODEL_OPTIONS})
+    effective = model_options.effective_batch_size
+    check_effective_batch(effective, mode=model_options.mode, sweep=sweep)
     command = command_of(ctx, target, model_options, count=count, verbose=verbose)
+    options |= limits(effective, options, mode=model_options.mode)
     # A picture is drawn of the trials, and the cache has them no more. A command is nothing that it could know again.
     if not options["cache"] or command is not None or (plot_path is not None and sweep is None):
         options["cache"] = None
-    chosen = Chosen(ctx, device, any_capability, count, options)
-    with _ended_by_sigterm():
+    with _ended_by_sigterm(), in_job(ctx, of_command=command is not None) as job:
+        options |= job.options(ctx, options)
+        chosen = Chosen(ctx, job.device(device), any_capability, count, options, effective)
+        plot_path = plot_path if job.speaks else None
         if sweep is None:
             text = _one(chosen, command or parse_target(str(target), model_options), plot_path)
         elif command is None:
             text = _several(chosen, sweep_targets(str(target), model_options, sweep), sweep, plot_path)
         else:
             raise InvalidArgumentError("sweep", sweep, "left out: it varies an option of a TARGET, not of a command")
-    if json_path is not None:
-        try:
-            json_path.write_text(text + "\n", encoding="utf-8")
-        except OSError as exc:  # it could be written to before the probe
-            raise InvalidArgumentError("json", str(json_path), f"a file that can be written ({exc.strerror})") from exc
+        if json_path is not None and job.speaks:
+            _write(json_path, text)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text + "\n", encoding="utf-8")
+    except OSError as exc:  # it could be written to before the probe
+        raise InvalidArgumentError("json", str(path), f"a file that can be written ({exc.strerror})") from exc
 
 
 @contextlib.contextmanager

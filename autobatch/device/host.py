@@ -56,14 +56,21 @@ class HostDevice:
 
     Args:
         memory_limit_bytes: what the workload may add; None for :data:`SHARE_OF_AVAILABLE` of what is available.
+        shares: so many processes of one job share what is available, where no limit is given.
     """
 
     torch_device = "cpu"
     ends_by_itself = False
 
-    def __init__(self, *, memory_limit_bytes: int | None = None) -> None:
-        self._memory_limit_bytes = memory_limit_bytes
+    def __init__(self, *, memory_limit_bytes: int | None = None, shares: int = 1) -> None:
+        self._memory_limit_bytes, self._shares = memory_limit_bytes, shares
         self._old_peak_bytes = self._old_space_bytes = 0
+
+    def shared_by(self, processes: int) -> HostDevice:
+        """This memory for one of so many processes, each with an equal part unless a limit says what it may have."""
+        if self._memory_limit_bytes is not None or processes == self._shares:
+            return self
+        return HostDevice(shares=processes)
 
     def info(self) -> DeviceInfo:
         memory = psutil.virtual_memory()
@@ -167,12 +174,15 @@ class HostDevice:
     def _default_budget_bytes(self) -> int:
         # Asked once: what the workload takes must not shrink its own budget.
         sources = (psutil.virtual_memory().available, process.container_available_bytes())
-        return int(SHARE_OF_AVAILABLE * min(b for b in sources if b is not None)) + process.tensor_bytes()
+        available_bytes = SHARE_OF_AVAILABLE * min(b for b in sources if b is not None)
+        return int(available_bytes / self._shares) + process.tensor_bytes()
 
     def _budget_in_words(self) -> str:
         if self._memory_limit_bytes is not None:
             return f"{format_bytes(self._memory_limit_bytes)}, the limit given"
-        return f"{format_bytes(self._default_budget_bytes)}, {SHARE_OF_AVAILABLE:.0%} of what is available"
+        whose = f" for each of {self._shares} ranks" if self._shares > 1 else ""
+        part = SHARE_OF_AVAILABLE / self._shares
+        return f"{format_bytes(self._default_budget_bytes)}, {part:.0%} of what is available{whose}"
 
 
 def _resource_module() -> ModuleType:

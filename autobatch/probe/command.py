@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from autobatch.errors import InvalidArgumentError
+from autobatch.probe.search_arguments import check_count
 
-BATCH_SIZE, SCRATCH = "{batch_size}", "{scratch}"
+BATCH_SIZE, ACCUMULATION_STEPS, SCRATCH = "{batch_size}", "{accumulation_steps}", "{scratch}"
 
 TRACKERS = {
     "Weights & Biases": {"WANDB_MODE": "disabled"},
@@ -24,6 +25,8 @@ TRACKERS = {
 }
 """Services to which a command may report, and their own variables that keep a trial from being reported."""
 
+_PLACES = (BATCH_SIZE, ACCUMULATION_STEPS, SCRATCH)
+_PLACE = re.compile("|".join(map(re.escape, _PLACES)))
 _PYTHON = re.compile(r"python[\d.]*(\.exe)?")
 _BLIND_FLAGS = {
     "I": "it keeps Python from reading PYTHONPATH, through which autobatch counts the command's steps",
@@ -38,19 +41,26 @@ class Command:
 
     ``{batch_size}`` stands where the number goes, in one word or in several. ``{scratch}`` is a folder that is new and
     empty in each trial and removed after it: say it where the command is told where to write.
+    ``{accumulation_steps}`` stands where the number of micro-batches in a step of the optimizer goes; ``{batch_size}``
+    is then the size of one of them.
 
     Args:
         words: the program and its arguments, such as ``["python", "train.py", "--batch-size", "{batch_size}"]``.
+        effective_batch_size: samples of an optimizer step over all ranks, for a command that accumulates gradients.
+            Trials hold the gradients of a first micro-batch while a second runs, the confirmation takes as many as
+            there will be, and no larger micro-batch than the whole is tried.
         verbose: show the command's output as it comes, on standard error, beside the log file.
         log: the file for that output; None for a new one in the user's folder for logs.
         step_within_s: a command that makes no step for so long is given up.
 
     Raises:
         InvalidArgumentError: if the words are no command, do not say ``{batch_size}``, cannot be found, or keep
-            autobatch out of the processes that they start.
+            autobatch out of the processes that they start; if ``{accumulation_steps}`` and an effective batch size do
+            not come together.
     """
 
     words: tuple[str, ...]
+    effective_batch_size: int | None = None
     verbose: bool = False
     log: Path | None = None
     step_within_s: float = 600.0
@@ -59,13 +69,16 @@ class Command:
         self,
         words: Sequence[str],
         *,
+        effective_batch_size: int | None = None,
         verbose: bool = False,
         log: str | Path | None = None,
         step_within_s: float = 600.0,
     ) -> None:
         _check(words, step_within_s)
+        _check_accumulation(words, effective_batch_size)
         for name, value in (
             ("words", tuple(words)),
+            ("effective_batch_size", effective_batch_size),
             ("verbose", bool(verbose)),
             ("log", None if log is None else Path(log)),
             ("step_within_s", float(step_within_s)),
@@ -75,11 +88,17 @@ class Command:
     @property
     def title(self) -> str:
         """The command as a shell has it."""
-        return " ".join(word if word in (BATCH_SIZE, SCRATCH) else _quoted(word) for word in self.words)
+        return " ".join(word if word in _PLACES else _quoted(word) for word in self.words)
 
-    def filled(self, batch_size: int | str, scratch: Path | str) -> list[str]:
-        """The words with the number and the folder put in. Other braces stay as they are."""
-        return [word.replace(BATCH_SIZE, str(batch_size)).replace(SCRATCH, str(scratch)) for word in self.words]
+    def filled(self, batch_size: int, scratch: Path | str, accumulation_steps: int = 1) -> list[str]:
+        """The words with the numbers and the folder put in. Other braces stay as they are."""
+        values = {BATCH_SIZE: batch_size, ACCUMULATION_STEPS: accumulation_steps, SCRATCH: scratch}
+        # In one pass, so that what is put in is never taken for a place.
+        return [_PLACE.sub(lambda place: str(values[place[0]]), word) for word in self.words]
+
+    def accumulation_steps(self, batch_size: int, ranks: int) -> int:
+        """The micro-batches of ``batch_size`` samples that an optimizer step takes on each of ``ranks``."""
+        return 1 if self.effective_batch_size is None else -(-self.effective_batch_size // (batch_size * ranks))
 
     def warnings(self) -> tuple[str, ...]:
         """What to know before it runs, in sentences."""
@@ -99,7 +118,7 @@ def tracker_variables(scratch: Path) -> dict[str, str]:
 
 
 def _quoted(word: str) -> str:
-    plain = word.replace(BATCH_SIZE, "").replace(SCRATCH, "")
+    plain = _PLACE.sub("", word)
     return word if not plain or shlex.quote(plain) == plain else shlex.quote(word)
 
 
@@ -120,6 +139,23 @@ def _check(words: Any, step_within_s: Any) -> None:
     if blind is not None:
         flag, reason = blind
         raise InvalidArgumentError("command", line, f"without {flag}: {reason}")
+
+
+def _check_accumulation(words: Sequence[str], effective_batch_size: Any) -> None:
+    says_it = any(ACCUMULATION_STEPS in word for word in words)
+    if effective_batch_size is not None:
+        check_count("effective_batch_size", effective_batch_size)
+    if says_it and effective_batch_size is None:
+        raise InvalidArgumentError(
+            "effective_batch_size", None, f"the samples of an optimizer step, for the command says {ACCUMULATION_STEPS}"
+        )
+    if effective_batch_size is not None and not says_it:
+        raise InvalidArgumentError(
+            "effective_batch_size",
+            effective_batch_size,
+            f"left out, or the command must say {ACCUMULATION_STEPS} where the number of micro-batches goes, such as "
+            f"--gradient-accumulation-steps {ACCUMULATION_STEPS}",
+        )
 
 
 def _blind(words: Sequence[str]) -> tuple[str, str] | None:

@@ -29,6 +29,7 @@ from autobatch.probe.processes import out_of_memory_kills
 from autobatch.probe.signature import Signature
 from autobatch.probe.trial import Attempt, TrialRequest
 from autobatch.probe.workload import Workload
+from autobatch.result import BatchSizeResult
 from autobatch.virtual.folders import temporary_folder
 
 _LEAST_BYTES, _FROM = 4, 2**24
@@ -63,18 +64,24 @@ class CommandExecutor:
         except OSError as exc:
             raise InvalidArgumentError("log", str(self._log), f"a file that can be written ({exc.strerror})") from exc
         self._fitted: dict[int, int] = {}  # peak bytes by size
+        self._ranks = 1  # until the first run has told
         self._noticed: dict[str, None] = {}
 
     def setting(self) -> Setting:
         if self._setting is None:
             found = self._host_setting() if self._kind == "cpu" else self._gpu_setting()
             environment = {**found.environment, "command": list(self._command.words), "log": str(self._log)}
+            environment["effective_batch_size"] = self._command.effective_batch_size
             self._setting = replace(found, held_bytes=None, name=self._command.title, environment=environment)
         return self._setting
 
     def run(self, request: TrialRequest) -> Attempt:
         started_s, kills = time.monotonic(), out_of_memory_kills()
-        ending = self._run(request)
+        accumulation = self._accumulation(request)
+        ending = self._run(request, accumulation)
+        self._learn_ranks(ending)
+        if self._accumulation(request) != accumulation:
+            ending = self._run(request, self._accumulation(request))
         attempt = attempt_of(
             request,
             ending,
@@ -94,18 +101,41 @@ class CommandExecutor:
     def close(self) -> None:
         """Nothing is left: each trial ended what it started."""
 
-    def notes(self) -> tuple[str, ...]:
+    def completed(self, result: BatchSizeResult) -> BatchSizeResult:
+        """``result`` with what only the runs have told."""
+        environment = {**result.environment, "ranks": self._ranks}
+        return replace(result, environment=environment, notes=(*result.notes, *self._notes()))
+
+    def _notes(self) -> tuple[str, ...]:
         """What to know of the answer, in sentences."""
         per_process = (_PER_PROCESS,) if self._kind == "cpu" else ()
         log = f"The command's output is in {self._log}."
         return (*self._noticed, *self._command.warnings(), *per_process, _ONE_HISTORY, log)
 
-    def _run(self, request: TrialRequest) -> Ending:
+    def _accumulation(self, request: TrialRequest) -> int:
+        """The micro-batches in a step of this run.
+
+        The gradients of the first are alive in the second, and more need no more, as far as the search has to know. But
+        some trainers (that of transformers) take the inputs of all to the device first, so the answer is confirmed with
+        as many as there will be.
+        """
+        planned = self._command.accumulation_steps(request.batch_size, self._ranks)
+        return planned if request.history else min(2, planned)
+
+    def _learn_ranks(self, ending: Ending) -> None:
+        """Notes how many ranks train, as soon as one has made a step."""
+        self._ranks = max((record["ranks"] for record in ending.records if record["steps"]), default=self._ranks)
+        effective = self._command.effective_batch_size
+        if effective is not None and effective < self._ranks:
+            allowed = f"at least {self._ranks}, a sample for each rank of the command"
+            raise InvalidArgumentError("effective_batch_size", effective, allowed)
+
+    def _run(self, request: TrialRequest, accumulation: int) -> Ending:
         with temporary_folder("autobatch-trial-") as folder:
             scratch = folder / "scratch"
             scratch.mkdir()
-            words = self._command.filled(request.batch_size, scratch)
-            told = self._told(request)
+            words = self._command.filled(request.batch_size, scratch, accumulation)
+            told = self._told(request, accumulation)
             self._fraction = told["fraction"]
             (folder / "request.json").write_text(json.dumps(told), encoding="utf-8")
             with open(self._log, "ab") as log:
@@ -113,21 +143,23 @@ class CommandExecutor:
                 log.write(f"=== batch {request.batch_size}{history}: {' '.join(words)}\n".encode())
                 log.flush()
                 trace = Trace(folder, log, self._command.verbose)
+                # In the search a step has two micro-batches at most: so long may two take.
+                within_s = self._command.step_within_s * max(1, accumulation / 2)
                 try:
-                    return run(words, self._variables(folder), trace, step_within_s=self._command.step_within_s)
+                    return run(words, self._variables(folder), trace, step_within_s=within_s)
                 except OSError as exc:
                     raise InvalidArgumentError(
                         "command", self._command.title, f"one that can be run: {exc.strerror or exc}"
                     ) from exc
 
-    def _told(self, request: TrialRequest) -> dict[str, Any]:
+    def _told(self, request: TrialRequest, accumulation: int) -> dict[str, Any]:
         """What the hook is to do."""
         fraction = None
         if self._kind == "cuda" and request.limit_bytes is not None:
             fraction = fraction_of(request.limit_bytes, int(self.setting().environment["total_bytes"]))
         return {
             "batch_size": request.batch_size,
-            "steps": request.steps,
+            "steps": _optimizer_steps(request.steps, accumulation),
             "kind": self._kind,
             "limit_bytes": request.limit_bytes,
             "fraction": fraction,
@@ -184,6 +216,14 @@ class CommandExecutor:
                 f"Its output is in {self._log}",
                 size,
             )
+
+
+def _optimizer_steps(steps: int, accumulation: int) -> int:
+    """As many of ``steps`` as take about the micro-batches of two each; three at least, to see whether a run thrashes.
+
+    Otherwise a confirmation would train twenty times the effective batch.
+    """
+    return min(steps, max(3, -(-2 * steps // accumulation)))
 
 
 def _idle() -> Workload:

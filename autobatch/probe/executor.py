@@ -32,6 +32,19 @@ class Setting:
     environment: Mapping[str, Any] = field(default_factory=dict)
 
 
+class StrandedError(Exception):
+    """A trial was given up because another rank's had failed: this one waited for it, or lost touch with it."""
+
+
+Agree = Callable[[TrialRequest, Callable[[], Attempt]], Attempt]
+"""Runs an attempt at a request and says what came of it, for this process or for all ranks of a job."""
+
+
+def alone(request: TrialRequest, run: Callable[[], Attempt]) -> Attempt:
+    """What an attempt means to a process that need not agree with others."""
+    return run()
+
+
 class Executor(Protocol):
     """Runs trials one after the other, in one process or in several."""
 
@@ -59,8 +72,15 @@ class LocalExecutor:
 
     where = "this process"
 
-    def __init__(self, workload: Workload, device: Device, restore: Callable[[], None] = lambda: None) -> None:
-        self._workload, self._device, self._restore = workload, device, restore
+    def __init__(
+        self,
+        workload: Workload,
+        device: Device,
+        restore: Callable[[], None] = lambda: None,
+        *,
+        agree: Agree = alone,
+    ) -> None:
+        self._workload, self._device, self._restore, self._agree = workload, device, restore, agree
         workload.begin()
 
     def setting(self) -> Setting:
@@ -78,7 +98,7 @@ class LocalExecutor:
         return signature_of(self._workload, batch_size)
 
     def run(self, request: TrialRequest) -> Attempt:
-        return run_trial(self._workload, self._device, request)
+        return self._agree(request, lambda: run_trial(self._workload, self._device, request))
 
     def confirm(self, requests: tuple[TrialRequest, ...]) -> list[Attempt]:
         # The state before the probe and an emptied cache: that is how this process goes on to train.

@@ -4,35 +4,66 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from autobatch.device.base import Device
+from autobatch.device.host import HostDevice
 from autobatch.errors import InvalidArgumentError
 from autobatch.probe.advice import limit_notes
-from autobatch.probe.building import build
-from autobatch.probe.cache import open_cache
+from autobatch.probe.agreement import Agreement
+from autobatch.probe.cache import ResultCache, open_cache
 from autobatch.probe.command import Command
 from autobatch.probe.command_executor import CommandExecutor
 from autobatch.probe.executor import Executor, LocalExecutor
-from autobatch.probe.fork import forks_are_safe
 from autobatch.probe.guess import WITHIN_S, twin_of, virtual_guess
 from autobatch.probe.inquiry import FRESH_AT_THE_EDGE, SHUFFLES, SHUFFLES_AT_THE_EDGE, Inquiry, capacity, least
-from autobatch.probe.isolation import ChildExecutor, ForkExecutor, is_importable
-from autobatch.probe.lock import device_lock
+from autobatch.probe.isolation import ForkExecutor
+from autobatch.probe.neighbours import locked, shared
+from autobatch.probe.places import executor_of
 from autobatch.probe.recall import Recall
-from autobatch.probe.search_arguments import check_arguments
-from autobatch.probe.source import Source, builder_of, check_placed, source_of
-from autobatch.probe.state import preserved
+from autobatch.probe.search_arguments import check_arguments, within_effective_batch
+from autobatch.probe.source import Source, source_of
 from autobatch.probe.worker import check_not_importing_main
 from autobatch.probe.workload import Workload
+from autobatch.ranks import Ranks
 from autobatch.result import BatchSizeResult, Trial
 from autobatch.units import parse_bytes
 from autobatch.virtual.resolve import resolve_device
 
 NOT_RESTORED = "What the step function changes was not put back: name it in state=[model, optimizer]."
+_NO_CACHE = "Ranks that agree on a size use no cache: it was searched for anew, and is not kept."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Question:
+    """What find() was asked, checked. The names are its own."""
+
+    source: Source
+    rounding: dict[str, Any]
+    limits: dict[str, Any]
+    first_size: int
+    first_guess: int | None
+    headroom: float
+    steps: int
+    limit_bytes: int | None
+    answers: ResultCache | None
+    on_trial: Callable[[Trial], None] | None
+    started_s: float
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What an answer in the cache depends on, beside the workload and the device."""
+        options = {name: self.rounding[name] for name in ("multiple_of", "max_batch_size")}
+        options |= {"steps": self.steps, "headroom": self.headroom, "limit_bytes": self.limit_bytes}
+        return options | {"avoid_oom": self.limits["avoid_oom"]}
+
+    @property
+    def of_all_ranks(self) -> dict[str, Any]:
+        """What ranks must have been asked alike to go the same way."""
+        first = {"first_guess": self.first_guess, "headroom": self.headroom, "steps": self.steps}
+        return self.rounding | self.limits | first
 
 
 def find(
@@ -49,6 +80,7 @@ def find(
     steps: int = 3,
     avoid_oom: bool = False,
     isolate: bool | Literal["auto"] = "auto",
+    per_rank: bool = False,
     time_limit_s: float | None = None,
     first_guess: int | None = None,
     cache: bool | str | os.PathLike[str] | None = None,
@@ -58,6 +90,11 @@ def find(
 
     What the caller has is left as it was, bit for bit: parameters, buffers, optimizer, scheduler, random numbers. Of a
     ``step(n)`` that is tried in this process only what ``state`` names is put back.
+
+    In an initialised process group of several ranks all of them must call it. They try the same sizes and agree on one
+    that fits on each; ``environment["ranks"]`` says how many they were. A model in DistributedDataParallel is tried
+    without it. What runs collectives amid a step, as FSDP2 does, needs a function that builds it: the child processes
+    of the ranks meet where ``init_process_group()`` finds them, and are replaced when one of them fails.
 
     Args:
         workload: a :class:`Workload` of live objects; a function without arguments (or with one named ``device``)
@@ -74,69 +111,112 @@ def find(
         growth: factor from one size to the next until measured memory allows a larger jump.
         headroom: fraction of the device withheld from the trials and left to training.
         memory_limit: bytes (``"10GiB"``) that the workload may have at most; on the host, what it may add to an idle
-            process.
+            process. Each rank has its own; without one, ranks of one machine share its memory equally.
         steps: training steps of a trial, at least 2: the first alone creates the optimizer's state.
         avoid_oom: provoke no failure: approach from below and trust the measured memory.
         isolate: True for trials in a child process, False for this one; ``"auto"`` takes a child where the workload
             can reach one. On host memory (Linux) live objects are tried in forks of this process: there a library that
             is refused memory may crash. ``environment["trials_in"]`` of the result says which it was.
+        per_rank: among several ranks, each searches a size of its own on its own device, for devices that are unequal;
+            ``environment["rank_sizes"]`` has those of all. A trial can run no collective then.
         time_limit_s: seconds after which no larger size is tried.
         first_guess: a size near which the answer is expected: the search begins there. Without one, on a real NVIDIA
             GPU, it begins at the answer of a virtual one, where the workload can reach a child process.
         cache: None for no cache; True, or a folder, to keep the answer there and to look there first. An answer that
-            is found there is confirmed by one trial.
+            is found there is confirmed by one trial. Ranks that agree on a size use none.
         on_trial: called with each :class:`~autobatch.result.Trial` as it ends, those of the confirmation too.
 
     Raises:
         InvalidArgumentError: an argument is wrong; nothing was touched.
         DeviceError: the device is not there, or broke.
         DoesNotFitError: not even the smallest size fits.
+        RankError: another rank failed or is gone.
         Exception: whatever the workload raises for a reason other than memory, unchanged.
     """
     check_not_importing_main()
     started_s = time.monotonic()
-    rounding = {"multiple_of": multiple_of, "growth": growth, "max_batch_size": max_batch_size, "start": start}
-    limits = {"avoid_oom": avoid_oom, "time_limit_s": time_limit_s}
-    check_arguments(**rounding, **limits, first_guess=first_guess)  # type: ignore[arg-type]  # it says which are wrong
-    _check(headroom=headroom, steps=steps, isolate=isolate, on_trial=on_trial)
-    limit_bytes = None if memory_limit is None else parse_bytes(memory_limit, argument="memory_limit")
-    answers, source = open_cache(cache), source_of(workload, state)
-    place = resolve_device(device, memory_limit_bytes=limit_bytes)
-    with device_lock(place), _executor(source, place, isolate) as executor:
-        setting = executor.setting()
-        inquiry = Inquiry(
-            executor=executor,
-            setting=setting,
-            steps=steps,
-            shuffles=SHUFFLES if headroom else SHUFFLES_AT_THE_EDGE,
-            fresh=FRESH_AT_THE_EDGE if place.isolation().anew and not headroom else 1,
-            capacity_bytes=capacity(setting, limit_bytes, headroom),
-            is_restricted=headroom > 0 or limit_bytes is not None or not place.ends_by_itself,
-            on_trial=on_trial,
-        )
-        options: dict[str, Any] = {"multiple_of": multiple_of, "max_batch_size": max_batch_size, "steps": steps}
-        options |= {"headroom": headroom, "limit_bytes": limit_bytes, "avoid_oom": avoid_oom}
-        options["isolated"] = not isinstance(executor, LocalExecutor)
-        budget_bytes = least(setting.budget_bytes, limit_bytes)
-        recall = Recall(answers, executor, setting, budget_bytes, start=start, options=options)
-        if (known := recall.answer(inquiry.check)) is not None:
-            notes = (*known.notes, *limit_notes(limit_bytes, setting.budget_bytes, setting.environment))
-            return replace(known, notes=notes, duration_s=time.monotonic() - started_s)
-        guess = recall.first_guess or first_guess
-        if guess is None and (card := twin_of(place.info(), setting.budget_bytes)) is not None:
-            guess, said = virtual_guess(
-                source, card, lambda twin: _answer_of(inquiry.elsewhere(twin), rounding | limits)
+    together = Agreement(Ranks.here())
+    with together.session():
+        if isinstance(workload, Command) and workload.effective_batch_size is not None:
+            max_batch_size = within_effective_batch(
+                workload.effective_batch_size, max_batch_size=max_batch_size, multiple_of=multiple_of
             )
-            recall.notes += [said] if said else []
-        found = inquiry.search(rounding | limits, first_guess=guess)
-    result = inquiry.result(found, headroom, limit_bytes, time.monotonic() - started_s)
+        rounding = {"multiple_of": multiple_of, "growth": growth, "max_batch_size": max_batch_size, "start": start}
+        limits = {"avoid_oom": avoid_oom, "time_limit_s": time_limit_s}
+        permitted = check_arguments(**rounding, **limits, first_guess=first_guess)  # type: ignore[arg-type]
+        _check(headroom=headroom, steps=steps, isolate=isolate, per_rank=per_rank, on_trial=on_trial)
+        first = max(1, permitted.rank(start))
+        question = _Question(
+            source=source_of(workload, state),
+            rounding=rounding,
+            limits=limits,
+            first_size=permitted.size(first if max_batch_size is None else min(first, permitted.rank(max_batch_size))),
+            first_guess=first_guess,
+            headroom=headroom,
+            steps=steps,
+            limit_bytes=None if memory_limit is None else parse_bytes(memory_limit, argument="memory_limit"),
+            answers=open_cache(cache),
+            on_trial=on_trial,
+            started_s=started_s,
+        )
+        together.begin({"per_rank": per_rank} | ({} if per_rank else question.of_all_ranks))
+        place = shared(resolve_device(device, memory_limit_bytes=question.limit_bytes), together)
+        agreed = Agreement() if per_rank else together
+        with locked(place, together), executor_of(question.source, place, isolate, agreed, together) as executor:
+            found = _found(question, place, executor, agreed, together)
+        found = replace(found, notes=(*found.notes, *_notes_of_ranks(question, place, agreed, together)))
+        return together.finish_each(found) if per_rank else together.finish(found)
+
+
+def _found(
+    question: _Question, place: Device, executor: Executor, agreed: Agreement, together: Agreement
+) -> BatchSizeResult:
+    """What the search says, or the cache."""
+    source, limit_bytes, headroom = question.source, question.limit_bytes, question.headroom
+    own = agreed.ask("the workload", executor.setting)[agreed.ranks.rank]
+    budget_bytes, capacity_bytes = least(own.budget_bytes, limit_bytes), capacity(own, limit_bytes, headroom)
+    inquiry = Inquiry(
+        executor=executor,
+        setting=agreed.setting(own, budget_bytes),
+        steps=question.steps,
+        shuffles=SHUFFLES if headroom else SHUFFLES_AT_THE_EDGE,
+        fresh=max(agreed.exchange("fresh starts", _fresh_starts(place, headroom))),
+        capacity_bytes=capacity_bytes,
+        least_capacity_bytes=least(*agreed.exchange("the capacity", capacity_bytes)),
+        is_restricted=headroom > 0 or limit_bytes is not None or not place.ends_by_itself,
+        on_trial=question.on_trial,
+        clock=agreed.clock,
+    )
+    if together.ranks.are_several and isinstance(executor, (LocalExecutor, ForkExecutor)):
+        inquiry.look(question.first_size)
+    options = {**question.identity, "isolated": not isinstance(executor, LocalExecutor)}
+    answers = None if agreed.ranks.are_several else question.answers
+    recall = Recall(answers, executor, own, budget_bytes, start=question.rounding["start"], options=options)
+    about_limit = limit_notes(limit_bytes, own.budget_bytes, own.environment)
+    if (known := recall.answer(inquiry.check)) is not None:
+        notes = (*known.notes, *about_limit)
+        return replace(known, notes=notes, duration_s=time.monotonic() - question.started_s)
+    guess = recall.first_guess or question.first_guess
+    if guess is None:
+        guess, said = agreed.by_narrowest("a first guess", lambda: _guess(question, place, inquiry))
+        recall.notes += [said] if said else []
+    answer = inquiry.search(question.rounding | question.limits, first_guess=guess)
+    result = inquiry.result(answer, headroom, limit_bytes, time.monotonic() - question.started_s)
     if isinstance(executor, CommandExecutor):
-        result = replace(result, notes=(*result.notes, *executor.notes()))
+        result = executor.completed(result)
     if isinstance(executor, LocalExecutor) and isinstance(source, Workload) and not source.stateful:
         result = replace(result, notes=(*result.notes, NOT_RESTORED))
     recall.keep(result)
-    notes = (*result.notes, *recall.notes, *limit_notes(limit_bytes, setting.budget_bytes, setting.environment))
-    return replace(result, notes=notes)
+    return replace(result, notes=(*result.notes, *recall.notes, *about_limit))
+
+
+def _guess(question: _Question, place: Device, inquiry: Inquiry) -> tuple[int | None, str]:
+    """What a virtual GPU of the same size answers; None where there can be none."""
+    card = twin_of(place.info(), inquiry.setting.budget_bytes)
+    if card is None:
+        return None, ""
+    options = question.rounding | question.limits
+    return virtual_guess(question.source, card, lambda twin: _answer_of(inquiry.elsewhere(twin), options))
 
 
 def _answer_of(inquiry: Inquiry, options: dict[str, Any]) -> int:
@@ -146,55 +226,26 @@ def _answer_of(inquiry: Inquiry, options: dict[str, Any]) -> int:
     return next(iter(inquiry.search(options | {"time_limit_s": within_s}, first_guess=None).values())).batch_size
 
 
-@contextmanager
-def _executor(source: Source, device: Device, isolate: bool | str) -> Iterator[Executor]:
-    """The place of the trials; what the caller owns is put back when it is left."""
-    if isinstance(source, Command):
-        if isolate is False:
-            raise InvalidArgumentError(
-                "isolate", isolate, "True or 'auto' for a Command, which is a process of its own"
-            )
-        with closing(CommandExecutor(source, device)) as command:
-            yield command
-        return
-    builder, isolation = builder_of(source), device.isolation()
-    must = isolation.required or (isolate is True and not isolation.forks)
-    if must and builder is None:
-        raise InvalidArgumentError("workload", source, f"a function that builds it, because {isolation.reason}")
-    can = isolate is not False and not isinstance(source, Workload) and is_importable(source)
-    if builder is not None and (must or can):
-        with closing(ChildExecutor(builder, isolation)) as child:
-            yield child
-        return
-    forks = isolate is not False and isolation.forks and forks_are_safe()
-    if isolate is True and not forks:
-        raise InvalidArgumentError("isolate", isolate, "False or 'auto' here, where a fork of this process hangs")
-    with _live_executor(source, device, forks=forks) as live:
-        yield live
+def _fresh_starts(device: Device, headroom: float) -> int:
+    return FRESH_AT_THE_EDGE if device.isolation().anew and not headroom else 1
 
 
-@contextmanager
-def _live_executor(source: Workload | Callable[..., Any], device: Device, *, forks: bool) -> Iterator[Executor]:
-    """Trials of what lives in this process, here or in forks of it. Only here there is something to put back."""
-    if isinstance(source, Workload):
-        check_placed(source, device)
-    with preserved(
-        source.stateful if isinstance(source, Workload) and not forks else (), device.torch_device
-    ) as restore:
-        workload = source if isinstance(source, Workload) else build(source, device.torch_device)
-        live = LocalExecutor(workload, device, restore)
-        if not forks:
-            live.clear()
-        with closing(ForkExecutor(live) if forks else live) as executor:
-            yield executor
+def _notes_of_ranks(question: _Question, device: Device, agreed: Agreement, together: Agreement) -> list[str]:
+    """What ranks have of the cache, and of a machine that they share."""
+    notes = [_NO_CACHE] if agreed.ranks.are_several and question.answers is not None else []
+    if together.local_size > 1 and isinstance(device, HostDevice) and question.limit_bytes is None:
+        notes.append(f"Each of the {together.local_size} ranks on this machine may have an equal part of its memory.")
+    return notes
 
 
-def _check(*, headroom: Any, steps: Any, isolate: Any, on_trial: Any) -> None:
+def _check(*, headroom: Any, steps: Any, isolate: Any, per_rank: Any, on_trial: Any) -> None:
     if isinstance(headroom, bool) or not isinstance(headroom, (int, float)) or not 0 <= headroom < 1:
         raise InvalidArgumentError("headroom", headroom, "a fraction from 0 to below 1")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 2:
         raise InvalidArgumentError("steps", steps, "a whole number of at least 2")
     if not isinstance(isolate, bool) and isolate != "auto":
         raise InvalidArgumentError("isolate", isolate, "True, False or 'auto'")
+    if not isinstance(per_rank, bool):
+        raise InvalidArgumentError("per_rank", per_rank, "True or False")
     if on_trial is not None and not callable(on_trial):
         raise InvalidArgumentError("on_trial", on_trial, "a function of a Trial, or None")

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from autobatch.probe.batch import loss_of
 from autobatch.probe.workload_arguments import AUTOCAST_DTYPES
@@ -23,11 +24,20 @@ def forward(
     for autocast.
     """
     with _autocast(precision, device):
-        output = _output(model, batch, keeps_target=loss_fn is None)
+        output = _output(local(model), batch, keeps_target=loss_fn is None)
         if loss_fn is None:
             return output, loss_of(output)
         is_pair = isinstance(batch, (tuple, list)) and len(batch) == 2
         return output, loss_fn(output, batch[1] if is_pair else batch)
+
+
+def local(model: nn.Module) -> nn.Module:
+    """``model`` without DistributedDataParallel around it, which would wait for other ranks in every backward pass.
+
+    Its buckets were allocated when it was made, so memory is as in training; with ``gradient_as_bucket_view`` a trial
+    needs more, by one copy of the gradients. Its hooks do nothing unless its own forward was called.
+    """
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def _output(model: nn.Module, batch: Any, *, keeps_target: bool) -> Any:

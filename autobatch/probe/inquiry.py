@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -40,8 +41,13 @@ class Inquiry:
     fresh: int
     """How many fresh processes confirm a candidate."""
     capacity_bytes: int | None
+    """What the trials may have here."""
+    least_capacity_bytes: int | None
+    """What they may have on the rank that has the least."""
     is_restricted: bool
     on_trial: Callable[[Trial], None] | None
+    clock: Callable[[], float] = time.monotonic
+    """Seconds, for a limit of time."""
     trials: list[Trial] = field(default_factory=list)
     confirmation: list[Trial] = field(default_factory=list)
     suspects: dict[int, BaseException] = field(default_factory=dict)
@@ -59,9 +65,17 @@ class Inquiry:
             shuffles=self.shuffles,
             fresh=self.fresh,
             capacity_bytes=self.capacity_bytes,
+            least_capacity_bytes=self.capacity_bytes,
             is_restricted=self.is_restricted,
             on_trial=None,
         )
+
+    def look(self, size: int) -> None:
+        """Runs one step of each kind in which a collective is an error. Whether it fits is not asked yet."""
+        for mode in ("train", "eval") if self.setting.mode == "both" else (self.setting.mode,):
+            extent = self.setting.data.get(mode)
+            most = size if extent is None else min(size, extent.samples)
+            self.executor.run(replace(self._request(most, mode, 1, ()), refuses_collectives=True))
 
     def search(self, options: dict[str, Any], *, first_guess: int | None) -> dict[str, SearchAnswer]:
         """An answer for each mode of the workload. Evaluation comes second, for training is what it runs amid."""
@@ -74,7 +88,8 @@ class Inquiry:
                     self.setting.data.get(mode),
                     lambda size, mode=mode: self._ask(size, mode),  # type: ignore[misc]
                     lambda size, mode=mode: self._confirm(size, mode),  # type: ignore[misc]
-                    capacity_bytes=self.capacity_bytes,
+                    capacity_bytes=self.least_capacity_bytes,
+                    clock=self.clock,
                     first_guess=self.trained or first_guess,
                     **options,
                 )
@@ -157,7 +172,7 @@ class Inquiry:
         device = self.setting.environment.get("device", "the device")
         what = f"{'an evaluation of ' if error.trial is not None and error.trial.mode == 'eval' else ''}batch {size}"
         held_bytes = self.setting.held_bytes
-        message = f"{what} does not fit on {device} in {format_bytes(self.capacity_bytes)}"
+        message = f"{what} does not fit on {device} in {format_bytes(self.least_capacity_bytes)}"
         if held_bytes is not None:
             message += f", of which the model alone holds {format_bytes(held_bytes)}"
         if error.trial is not None and error.trial.message:

@@ -12,7 +12,7 @@ import os
 import pickle
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from multiprocessing import spawn
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 from autobatch.device.base import Isolation
 from autobatch.device.oom import Tier
 from autobatch.errors import DeviceError, InvalidArgumentError, WorkloadFailedError
-from autobatch.probe.executor import LocalExecutor, Setting
+from autobatch.probe.executor import Agree, LocalExecutor, Setting, alone
 from autobatch.probe.fork import Forks
 from autobatch.probe.lock import child_environment
 from autobatch.probe.processes import ANSWER_WITHIN_S, Server, Worker, WorkerLostError, WorkerSource
@@ -28,6 +28,12 @@ from autobatch.probe.signature import Signature
 from autobatch.probe.trial import Attempt, TrialRequest
 from autobatch.probe.worker import Job
 from autobatch.result import Outcome, Trial
+
+RENDEZVOUS_VARIABLES = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT"),
+)
+"""What a launcher such as torchrun tells a rank, and ``init_process_group()`` reads."""
 
 
 class _WorkerExecutor:
@@ -37,12 +43,15 @@ class _WorkerExecutor:
         start: makes where the workers come from.
         anew: whether every trial needs a worker of its own.
         answer_within_s: a worker that is silent for so long is given up.
+        agree: what an attempt means where other ranks try the same.
     """
 
     where = "processes of their own"
 
-    def __init__(self, start: Callable[[], WorkerSource], *, anew: bool, answer_within_s: float) -> None:
-        self._start, self._anew, self._answer_within_s = start, anew, answer_within_s
+    def __init__(
+        self, start: Callable[[], WorkerSource], *, anew: bool, answer_within_s: float, agree: Agree = alone
+    ) -> None:
+        self._start, self._anew, self._answer_within_s, self._agree = start, anew, answer_within_s, agree
         self._source: WorkerSource | None = None
         self._worker: Worker | None = None
 
@@ -59,7 +68,7 @@ class _WorkerExecutor:
     def run(self, request: TrialRequest) -> Attempt:
         if self._anew and self._worker is not None and self._worker.has_tried:
             self._retire()
-        attempt = self._run(request)
+        attempt = self._agree(request, lambda: self._run(request))
         if not attempt.trial.fits:
             self._retire()
         return attempt
@@ -113,8 +122,11 @@ class _WorkerExecutor:
                 if self._source is not None:
                     self._source.close()
                 self._source = self._start()
-            self._worker = Worker(self._source, self._answer_within_s)
+            self._worker = self._new_worker(self._source)
         return self._worker
+
+    def _new_worker(self, source: WorkerSource) -> Worker:
+        return Worker(source, self._answer_within_s)
 
     def _retire(self) -> None:
         if self._worker is not None:
@@ -129,6 +141,8 @@ class ChildExecutor(_WorkerExecutor):
         builder: picklable by reference; returns the Workload.
         isolation: what the device says its child needs.
         answer_within_s: a worker that is silent for so long is given up.
+        meets: whether the workers are told where to meet those of other ranks.
+        agree: what an attempt means where other ranks try the same.
 
     Raises:
         InvalidArgumentError: if ``builder`` cannot be found by name in another process.
@@ -138,7 +152,13 @@ class ChildExecutor(_WorkerExecutor):
     where = "child processes"
 
     def __init__(
-        self, builder: Callable[..., Any], isolation: Isolation, *, answer_within_s: float = ANSWER_WITHIN_S
+        self,
+        builder: Callable[..., Any],
+        isolation: Isolation,
+        *,
+        answer_within_s: float = ANSWER_WITHIN_S,
+        meets: bool = False,
+        agree: Agree = alone,
     ) -> None:
         if not hasattr(os, "fork") or not hasattr(socket, "recv_fds"):
             raise DeviceError("trials in a child process need Linux or macOS; isolate=False runs them in this one")
@@ -147,10 +167,14 @@ class ChildExecutor(_WorkerExecutor):
             preparation=_preparation(builder),
             device=isolation.device,
             memory_limit_bytes=isolation.memory_limit_bytes,
+            meets=meets,
         )
-        environment = {**os.environ, **child_environment(), **isolation.environment}
+        environment = {**_without_job(os.environ), **child_environment(), **isolation.environment}
         super().__init__(
-            lambda: Server(job, environment, answer_within_s), anew=isolation.anew, answer_within_s=answer_within_s
+            lambda: Server(job, environment, answer_within_s),
+            anew=isolation.anew,
+            answer_within_s=answer_within_s,
+            agree=agree,
         )
 
 
@@ -162,8 +186,8 @@ class ForkExecutor(_WorkerExecutor):
 
     where = "forks of this process"
 
-    def __init__(self, live: LocalExecutor, *, answer_within_s: float = ANSWER_WITHIN_S) -> None:
-        super().__init__(lambda: Forks(live), anew=True, answer_within_s=answer_within_s)
+    def __init__(self, live: LocalExecutor, *, answer_within_s: float = ANSWER_WITHIN_S, agree: Agree = alone) -> None:
+        super().__init__(lambda: Forks(live), anew=True, answer_within_s=answer_within_s, agree=agree)
 
 
 _WITHOUT_A_FILE = (
@@ -207,6 +231,12 @@ def _preparation(builder: Callable[..., Any]) -> dict[str, Any]:
         data.pop("init_main_from_path", None)
         data.pop("init_main_from_name", None)
     return data
+
+
+def _without_job(variables: Mapping[str, str]) -> dict[str, str]:
+    """``variables`` without a launcher's rendezvous: a child that went there would be taken for this rank itself."""
+    several = int(variables.get("WORLD_SIZE") or 1) > 1
+    return {name: value for name, value in variables.items() if not (several and name in RENDEZVOUS_VARIABLES)}
 
 
 def _after_search(request: TrialRequest) -> TrialRequest:

@@ -55,6 +55,21 @@ def device_lock(device: Device) -> Iterator[None]:
             lock.release()
 
 
+@contextlib.contextmanager
+def assumed_lock(device: Device) -> Iterator[None]:
+    """Inside, the lock of ``device`` counts as held here: another rank of this job has it for all of them."""
+    path = lock_path(device)
+    holder = (path, threading.get_ident()) if path is not None else None
+    if path is None or holder is None or holder in _held:
+        yield
+        return
+    _held.add(holder)
+    try:
+        yield
+    finally:
+        _held.discard(holder)
+
+
 def child_environment() -> dict[str, str]:
     """What a child process must be told of the locks that are held here."""
     paths = {*_inherited(), *(str(path) for path, _ in _held)}

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any, Protocol
 import autobatch
 from autobatch.device.oom import Tier, classify_exit
 from autobatch.errors import WorkloadFailedError
-from autobatch.probe.executor import Setting
+from autobatch.probe.executor import Setting, StrandedError
 from autobatch.probe.signature import Signature
 from autobatch.probe.trial import TrialRequest
 from autobatch.probe.worker import NUMBER, Failure, Job, SignatureRequest
@@ -27,6 +28,8 @@ from autobatch.result import Trial
 
 ANSWER_WITHIN_S = 600.0
 """A worker that is silent for so long hangs. Long enough for any trial of a few steps, compilation included."""
+
+_LOOK_S = 0.1  # how often to look whether another rank's process has failed
 
 
 class ChildTraceback(Exception):
@@ -68,6 +71,16 @@ class WorkerSource(Protocol):
 
     def close(self) -> None:
         """Ends what is left."""
+
+
+class Meeting(Protocol):
+    """Where the workers of several ranks meet."""
+
+    def environment(self) -> Mapping[str, str]:
+        """What a worker must be told to come there, as ``init_process_group()`` reads it."""
+
+    def has_failed(self) -> bool:
+        """Whether some rank has said that its worker failed."""
 
 
 class Server:
@@ -128,17 +141,23 @@ class Server:
 
 
 class Worker:
-    """One process that runs trials."""
+    """One process that runs trials.
 
-    def __init__(self, source: WorkerSource, answer_within_s: float) -> None:
-        self._source, self._answer_within_s = source, answer_within_s
+    Args:
+        meeting: where it meets the workers of other ranks, with whom it is stranded if one of them fails.
+    """
+
+    def __init__(self, source: WorkerSource, answer_within_s: float, meeting: Meeting | None = None) -> None:
+        self._source, self._answer_within_s, self._meeting = source, answer_within_s, meeting
         self._kills_before = out_of_memory_kills()
         self._status: int | None = None
         self.has_tried = False
         self._pid, self._connection = source.start_worker()
         try:
-            self.setting: Setting = _answer(self._connection, answer_within_s, "building the workload")
-        except EOFError:
+            if meeting is not None:
+                self._connection.send(meeting.environment())
+            self.setting: Setting = _answer(self._connection, answer_within_s, "building the workload", meeting)
+        except (EOFError, ConnectionError):
             raise WorkloadFailedError(f"the child process {_end(self._reap())} while it built the workload") from None
         except BaseException:
             self.close()
@@ -156,7 +175,7 @@ class Worker:
     def _exchange(self, request: TrialRequest | SignatureRequest, doing: str) -> Any:
         try:
             self._connection.send(request)
-            return _answer(self._connection, self._answer_within_s, doing)
+            return _answer(self._connection, self._answer_within_s, doing, self._meeting)
         except (EOFError, ConnectionError):
             status = self._reap()
             raise WorkerLostError(f"the child process {_end(status)}", self._meaning(status)) from None
@@ -188,9 +207,13 @@ class Worker:
         return self._status
 
 
-def _answer(connection: Connection, within_s: float, doing: str) -> Any:
-    if not connection.poll(within_s):
-        raise SilenceError(f"{doing}: no answer within {within_s:.0f} s")
+def _answer(connection: Connection, within_s: float, doing: str, meeting: Meeting | None = None) -> Any:
+    until_s, wait_s = time.monotonic() + within_s, within_s if meeting is None else min(within_s, _LOOK_S)
+    while not connection.poll(wait_s):
+        if meeting is None or time.monotonic() >= until_s:
+            raise SilenceError(f"{doing}: no answer within {within_s:.0f} s")
+        if meeting.has_failed():
+            raise StrandedError(f"{doing}: another rank's process failed, which this one waited for")
     answer = connection.recv()
     if isinstance(answer, Failure):
         raise answer.exception from ChildTraceback(answer.traceback_text)

@@ -41,6 +41,23 @@ def check_arguments(
     return rounding
 
 
+def within_effective_batch(effective_batch_size: int, *, max_batch_size: int | None, multiple_of: int | str) -> int:
+    """``max_batch_size`` for a search of micro-batches: none larger than the whole is of use.
+
+    Raises:
+        InvalidArgumentError: naming the argument that is wrong, or the effective batch where no permitted size is as
+            small.
+    """
+    check_count("effective_batch_size", effective_batch_size)
+    if max_batch_size is not None:
+        check_count("max_batch_size", max_batch_size)
+        if max_batch_size < effective_batch_size:
+            return max_batch_size
+    if not Rounding(multiple_of).rank(effective_batch_size):
+        raise InvalidArgumentError("effective_batch_size", effective_batch_size, f"at least multiple_of, {multiple_of}")
+    return effective_batch_size
+
+
 def check_count(argument: str, value: object) -> None:
     """Raises InvalidArgumentError unless ``value`` is a whole number of at least 1."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:

@@ -39,7 +39,7 @@ def preserved(objects: Iterable[Any], torch_device: str) -> Iterator[Restore]:
     restores += _global_state(torch_device)
 
     def restore_all() -> None:
-        with _interrupts_deferred():
+        with interrupts_deferred():
             _run(restores)
 
     try:
@@ -244,7 +244,7 @@ def _global_state(torch_device: str) -> list[Restore]:
 
 
 @contextlib.contextmanager
-def _interrupts_deferred() -> Iterator[None]:
+def interrupts_deferred() -> Iterator[None]:
     """Holds a Ctrl-C back until the block is done. Only the main thread receives any."""
     if threading.current_thread() is not threading.main_thread():
         yield

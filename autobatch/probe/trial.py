@@ -6,11 +6,13 @@ import gc
 import statistics
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 from autobatch.device.base import Device
 from autobatch.device.oom import Tier, classify, first_line, forget_frames
 from autobatch.errors import DeviceCorruptedError
+from autobatch.probe.collectives import RefusingCollectives
 from autobatch.probe.data import Batches
 from autobatch.probe.workload import Workload
 from autobatch.result import Measurement, Outcome, Trial
@@ -32,6 +34,8 @@ class TrialRequest:
     allocates amid small batches stays between what the large ones need."""
     history: str = ""
     """A name for that history; empty for a trial of the search."""
+    refuses_collectives: bool = False
+    """Whether a collective is an error: in a process that cannot be lost, it would wait for a rank that has failed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +75,8 @@ def _run_once(workload: Workload, device: Device, request: TrialRequest) -> tupl
     with device.restrict(request.limit_bytes) as restricted:
         device.reset_peaks()
         try:
-            _run_steps(workload, device, request, progress)
+            with RefusingCollectives() if request.refuses_collectives else nullcontext():
+                _run_steps(workload, device, request, progress)
         except Exception as exc:  # noqa: BLE001 - classified below: what is not memory is raised unchanged
             failure = exc
         # Measured outside the except block: inside, the traceback would keep the failed step's tensors alive.

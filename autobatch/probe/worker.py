@@ -62,6 +62,8 @@ class Job:
     preparation: Mapping[str, Any]
     device: str
     memory_limit_bytes: int | None
+    meets: bool = False
+    """Whether a worker is told first where it meets those of other ranks: variables of its environment."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +206,8 @@ def _work(talk: Connection, builder: Callable[..., Any], job: Job) -> NoReturn:
     from autobatch.probe.building import build
     from autobatch.probe.executor import LocalExecutor
 
+    if job.meets:
+        os.environ.update(talk.recv())
     device = resolve_local(job.device, memory_limit_bytes=job.memory_limit_bytes)
     device.reset_peaks()  # host memory counts from here: with the imports done, and nothing built
     executor = LocalExecutor(build(builder, device.torch_device), device)

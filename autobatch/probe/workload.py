@@ -7,6 +7,7 @@ memory and nothing of searching.
 from __future__ import annotations
 
 import collections
+import itertools
 from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from autobatch.errors import InvalidArgumentError
 from autobatch.probe.batch import move, tensors
 from autobatch.probe.data import Batches, DatasetBatches, Extent, batches_of
 from autobatch.probe.ema import update_of
-from autobatch.probe.forward import forward
+from autobatch.probe.forward import forward, local
 from autobatch.probe.workload_arguments import check_functions, check_model, check_options
 
 
@@ -103,7 +104,7 @@ class Workload:
         self.precision, self.scheduler, self.scaler = precision, scheduler, scaler
         self.max_grad_norm, self.accumulate, self.mode = max_grad_norm, accumulate, mode
         self.extra_state = tuple(extra_state)
-        self.name: str = name or type(getattr(model, "_orig_mod", model)).__name__
+        self.name: str = name or type(getattr(local(model), "_orig_mod", local(model))).__name__
         self._evaluate = evaluate
         self._last: Any = None
         self._kept: collections.deque[list[Tensor]] = collections.deque(maxlen=keep_outputs)
@@ -123,7 +124,7 @@ class Workload:
     @property
     def device(self) -> torch.device:
         """Where the first parameter or buffer is; the host for a model that has none."""
-        first = next(iter([*self.model.parameters(), *self.model.buffers()]), None)
+        first = next(itertools.chain(self.model.parameters(), self.model.buffers()), None)
         return torch.device("cpu") if first is None else first.device
 
     @property

@@ -12,6 +12,7 @@ from rich.spinner import Spinner
 from autobatch.device.base import DeviceInfo
 from autobatch.report.table import remark, trials_table
 from autobatch.result import BatchSizeResult, Measurement, Trial
+from autobatch.training.plan import AccumulationPlan
 from autobatch.units import GIB, format_bytes, format_seconds
 
 _REFRESHES_PER_S = 8
@@ -139,28 +140,39 @@ def other_lines(info: DeviceInfo) -> list[str]:
     ]
 
 
-def closing_lines(result: BatchSizeResult) -> list[str]:
-    """What was noticed, the answer, and how to use it."""
-    size = result.batch_size
-    evaluation = f"; for evaluation: {result.eval_batch_size}" if result.eval_batch_size else ""
+def closing_lines(result: BatchSizeResult, plan: AccumulationPlan | None = None) -> list[str]:
+    """What was noticed, the answer, and how to use it: as it is, or in micro-batches as ``plan`` has them."""
+    evaluates = result.eval_batch_size and result.trials[0].mode != "eval"
+    evaluation = f"; for evaluation: {result.eval_batch_size}" if evaluates else ""
     effort = f"{_count(result.trial_count, 'trial')}, {_count(result.oom_count, 'failure')}"
     withheld = f", {result.headroom:.0%} of memory left free" if result.headroom else ""
-    if result.trials[0].mode == "eval":
-        usage = f"TrainingArguments(per_device_eval_batch_size={size})"
-        evaluation = ""
-    else:
-        usage = f"TrainingArguments(per_device_train_batch_size={size})"
     return [
         *(f"Note: {note}" for note in result.notes),
         f"{result.conclusion}{evaluation}{withheld}. {effort}, {format_seconds(result.duration_s)}",
-        _use(result, f"DataLoader(dataset, batch_size={size})  or  {usage}"),
+        *([] if plan is None else [_plan_line(result, plan)]),
+        f"  Use it:  {_use(result, plan)}",
     ]
 
 
-def _use(result: BatchSizeResult, otherwise: str) -> str:
-    """How to use the answer: the command that was probed, with the number in it."""
-    usage = str(result.environment["workload"]) if "command" in result.environment else otherwise
-    return f"  Use it:  {usage.replace('{batch_size}', str(result.batch_size))}"
+def _plan_line(result: BatchSizeResult, plan: AccumulationPlan) -> str:
+    """The plan, and what would fit where its micro-batches are smaller."""
+    while_accumulating = " while gradients accumulate" if plan.steps > 1 else ""
+    fits = f"; {result.batch_size} fit{while_accumulating}" if result.batch_size != plan.micro_batch_size else ""
+    return f"  Plan:    {plan}{fits}"
+
+
+def _use(result: BatchSizeResult, plan: AccumulationPlan | None) -> str:
+    """How to use the answer: the command that was probed, with the numbers in it, or what a script would say."""
+    size, steps = (result.batch_size, 1) if plan is None else (plan.micro_batch_size, plan.steps)
+    if "command" in result.environment:
+        words = str(result.environment["workload"])
+        return words.replace("{batch_size}", str(size)).replace("{accumulation_steps}", str(steps))
+    loader = f"DataLoader(dataset, batch_size={size})"
+    if plan is not None:
+        loader += f", {_count(steps, 'accumulation step')}"
+    mode = "eval" if result.trials[0].mode == "eval" else "train"
+    accumulation = "" if plan is None else f", gradient_accumulation_steps={steps}"
+    return f"{loader}  or  TrainingArguments(per_device_{mode}_batch_size={size}{accumulation})"
 
 
 def _count(number: int, noun: str) -> str:

@@ -25,13 +25,17 @@ class AccumulationPlan:
 
     def __str__(self) -> str:
         full = self.steps - bool(self.remainder)
-        factors = [f"{self.micro_batch_size} samples", f"{full} {'step' if full == 1 else 'steps'}"]
+        factors = [_count(self.micro_batch_size, "sample"), _count(full, "step")]
         if self.world_size > 1:
             factors.append(f"{self.world_size} ranks")
         terms = [" x ".join(factors)] if full else []
         if self.remainder:
-            terms.append(f"{self.remainder} samples in {'a last step' if full else 'one step'}")
+            terms.append(f"{_count(self.remainder, 'sample')} in {'a last step' if full else 'one step'}")
         return f"{self.effective_batch_size} = {' + '.join(terms)}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def plan_accumulation(

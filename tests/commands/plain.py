@@ -9,6 +9,7 @@ from torch import nn
 def parse():
     parser = argparse.ArgumentParser()
     parser.add_argument("--batch-size", type=int, required=True)
+    parser.add_argument("--accumulation-steps", type=int, default=1)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--features", type=int, default=1024)
@@ -41,11 +42,12 @@ def train(options):
     model = model_of(options.features, options.device)
     optimizer = torch.optim.AdamW(model.parameters())
     for _ in range(10):
-        for inputs, labels in loader:
+        for number, (inputs, labels) in enumerate(loader, 1):
             loss = nn.functional.cross_entropy(model(inputs.to(options.device)), labels.to(options.device))
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            (loss / options.accumulation_steps).backward()
+            if number % options.accumulation_steps == 0:
+                optimizer.step()
+                optimizer.zero_grad()
 
 
 if __name__ == "__main__":

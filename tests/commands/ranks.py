@@ -16,9 +16,10 @@ if __name__ == "__main__":
     rows = Rows(options.samples, options.features)
     sampler = torch.utils.data.DistributedSampler(rows)
     loader = torch.utils.data.DataLoader(rows, options.batch_size, sampler=sampler, collate_fn=lambda batch: batch)
-    for inputs, labels in loader:
+    for number, (inputs, labels) in enumerate(loader, 1):
         loss = nn.functional.cross_entropy(model(inputs.to(options.device)), labels.to(options.device))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        (loss / options.accumulation_steps).backward()
+        if number % options.accumulation_steps == 0:
+            optimizer.step()
+            optimizer.zero_grad()
     distributed.destroy_process_group()

@@ -29,6 +29,7 @@ if __name__ == "__main__":
     arguments = transformers.TrainingArguments(
         output_dir=options.out,
         per_device_train_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.accumulation_steps,
         report_to="none",
         save_strategy="no",
         use_cpu=options.device == "cpu",

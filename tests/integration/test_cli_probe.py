@@ -186,6 +186,19 @@ class TestCodes:
         assert not [pid for pid in started if psutil.pid_exists(pid)]
 
 
+def test_with_an_effective_batch_the_trials_hold_gradients_and_the_plan_is_printed(script, tmp_path):
+    path, peaks = tmp_path / "result.json", {}
+    for option in ("--max-batch-size", "--effective-batch-size"):
+        done = probe(f"{script}:build", "--gpu", "t4", option, 16_384, "--start", 16_384, "--json", path)
+        assert done.exit_code == 0, done.output
+        peaks[option] = BatchSizeResult.from_json(path.read_text()).trials[0].measurement.peak_allocated_bytes
+    gradient_bytes = 4 * 4 * 1024 * 1025
+    more_bytes = peaks["--effective-batch-size"] - peaks["--max-batch-size"]
+    assert more_bytes == pytest.approx(gradient_bytes, rel=0.05)
+    assert "16384 (an effective batch of 16384 takes no more)" in done.stdout
+    assert done.stdout.splitlines()[-2] == "  Plan:    16384 = 16384 samples x 1 step"
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="host memory is limited on Linux alone")
 def test_on_the_host_the_limit_is_named_and_kept(script):
     # Narrow layers: much memory for little arithmetic, so that a loaded machine is done with it soon.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,16 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from autobatch import BatchSizeResult, Command, Outcome, VirtualGPU, Workload, WorkloadFailedError, find
+from autobatch import (
+    BatchSizeResult,
+    Command,
+    InvalidArgumentError,
+    Outcome,
+    VirtualGPU,
+    Workload,
+    WorkloadFailedError,
+    find,
+)
 from autobatch.cli import main
 from autobatch.device.host import HostDevice
 from autobatch.probe import command_run
@@ -182,6 +192,71 @@ def test_exit_code_4_from_the_shell_with_the_command_s_own_last_lines(tmp_path, 
     assert done.exit_code == 4
     assert "about 1\n" in done.stderr
     assert "KeyError: 'column 7'" in done.stderr.splitlines()[-1]
+
+
+PLAIN = [sys.executable, str(SCRIPTS / "plain.py")]
+ACCUMULATING = ["--accumulation-steps", "{accumulation_steps}", *SIZES]
+
+
+def test_a_trial_that_accumulates_holds_the_gradients_of_the_first_micro_batch(log):
+    gradient_bytes = sum(4 * parameter.numel() for parameter in plain.model_of(1024, "cpu").parameters())
+    peaks = {}
+    for effective in (5000, 5001):
+        words = [*PLAIN, *ACCUMULATING]
+        trial = attempt(words, log, 5000, device=VirtualGPU(CARD), effective_batch_size=effective).trial
+        assert (trial.batch_size, trial.steps) == (5000, 2)
+        peaks[effective] = trial.measurement.peak_allocated_bytes
+    assert peaks[5001] - peaks[5000] == pytest.approx(gradient_bytes, rel=0.05)
+
+
+def test_an_effective_batch_from_the_shell_gives_a_command_that_trains(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    card, path = "memory=1GiB,capability=8.0", tmp_path / "result.json"
+    options = ["--gpu", card, "--effective-batch-size", "45000", "--start", "20000", "--multiple-of", "5000"]
+    words = [*PLAIN, "--samples", "100000", *ACCUMULATING]
+    done = CliRunner().invoke(main, ["probe", *options, "--json", str(path), "--", *words])
+    assert done.exit_code == 0, done.output
+    result = BatchSizeResult.from_json(path.read_text())
+    assert (result.batch_size, result.smallest_failure) == (20000, 25000)
+    # Tried with two micro-batches a step, and confirmed with as many as there will be.
+    log = Path(result.environment["log"]).read_text()
+    assert re.findall(r"batch 20000(, confirming)?.* --accumulation-steps (\d+) ", log) == [
+        ("", "2"),
+        (", confirming", "3"),
+    ]
+    plan_line, use_line = done.stdout.splitlines()[-2:]
+    assert plan_line == "  Plan:    45000 = 15000 samples x 3 steps; 20000 fit while gradients accumulate"
+    use = use_line.removeprefix("  Use it:  ").replace("{scratch}", str(tmp_path)).split()
+    assert use == [*words[:-6], "--accumulation-steps", "3", "--batch-size", "15000", "--out", str(tmp_path)]
+    trained = [sys.executable, "-m", "autobatch", "run", "--gpu", card, "--", *use]
+    assert subprocess.run(trained, capture_output=True, timeout=120, check=False).returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_ranks_of_a_command_share_the_effective_batch(log):
+    torchrun = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2", str(SCRIPTS / "ranks.py")]
+    command = Command([*torchrun, *ACCUMULATING], effective_batch_size=4000, log=log)
+    result = find(command, device=VirtualGPU(CARD, count=2), start=2000)
+    assert (result.batch_size, result.proof, result.environment["ranks"]) == (4000, "max_batch_size", 2)
+    told = [line.split("--accumulation-steps ")[1].split()[0] for line in log.read_text().splitlines() if "===" in line]
+    # 2000 on each of two ranks are the whole, which only its first run told.
+    assert told == ["2", *["1"] * (len(told) - 1)]
+    with pytest.raises(InvalidArgumentError, match="must be at least 2, a sample for each rank"):
+        find(Command(command.words, effective_batch_size=1, log=log), device=VirtualGPU(CARD, count=2))
+
+
+@pytest.mark.slow
+def test_inputs_that_a_trainer_takes_to_the_device_at_once_count_in_the_confirmation(log):
+    """The Trainer of transformers takes those of all micro-batches of a step."""
+    words = [sys.executable, str(SCRIPTS / "with_transformers.py"), *ACCUMULATING]
+    command = Command(words, effective_batch_size=65536, log=log)
+    with closing(CommandExecutor(command, VirtualGPU(CARD))) as executor:
+        trial = executor.run(TrialRequest(batch_size=64, steps=2)).trial
+        (confirmed,) = executor.confirm((TrialRequest(batch_size=64, steps=2, history="a fresh start"),))
+    inputs_bytes = 2 * 8 * with_transformers.TOKENS * 65536  # token numbers and labels
+    more_bytes = confirmed.trial.measurement.peak_allocated_bytes - trial.measurement.peak_allocated_bytes
+    assert more_bytes == pytest.approx(inputs_bytes, rel=0.1)
 
 
 @pytest.mark.slow

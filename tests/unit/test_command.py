@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,11 @@ from hypothesis import strategies as st
 
 from autobatch import Command, InvalidArgumentError, WorkloadFailedError, find
 from autobatch.cli import main
+from autobatch.device.host import HostDevice
 from autobatch.errors import DeviceCorruptedError
+from autobatch.probe import command_executor
 from autobatch.probe.command import TRACKERS, tracker_variables
+from autobatch.probe.command_executor import CommandExecutor
 from autobatch.probe.command_run import Ending
 from autobatch.probe.command_verdict import SHRANK, attempt_of
 from autobatch.probe.trial import TrialRequest
@@ -23,7 +27,7 @@ from autobatch.testing import FakeDevice
 from autobatch.units import GIB
 
 PYTHON = sys.executable
-BATCH = "{batch_size}"
+BATCH, STEPS = "{batch_size}", "{accumulation_steps}"
 
 
 class TestWords:
@@ -31,9 +35,28 @@ class TestWords:
         command = Command([PYTHON, "{x}", f"--batch-size={BATCH}", "{scratch}/a", f"{BATCH}x{BATCH}", "{}"])
         assert command.filled(7, "/tmp/s") == [PYTHON, "{x}", "--batch-size=7", "/tmp/s/a", "7x7", "{}"]
 
+    def test_the_steps_are_put_in_too_and_what_was_put_in_is_left_alone(self):
+        command = Command([PYTHON, f"--n={BATCH}", STEPS, f"{STEPS}x{BATCH}", "{scratch}"], effective_batch_size=8)
+        assert command.filled(4, f"/{BATCH}", 2) == [PYTHON, "--n=4", "2", "2x4", f"/{BATCH}"]
+        assert command.title == f"{PYTHON} --n={BATCH} {STEPS} {STEPS}x{BATCH} {{scratch}}"
+
+    @pytest.mark.parametrize(
+        ("words", "effective", "said"),
+        [
+            ([PYTHON, BATCH, STEPS], None, "None: must be the samples of an optimizer step"),
+            ([PYTHON, BATCH], 8, r"8: must be left out, or the command must say \{accumulation_steps\}"),
+            ([PYTHON, BATCH, STEPS], 0, "a positive whole number"),
+            ([PYTHON, BATCH, STEPS], True, "a positive whole number"),
+            ([PYTHON, BATCH, STEPS], "8", "a positive whole number"),
+        ],
+    )
+    def test_steps_and_an_effective_batch_come_together(self, words, effective, said):
+        with pytest.raises(InvalidArgumentError, match=f"^effective_batch_size=.*{said}"):
+            Command(words, effective_batch_size=effective)
+
     @given(st.lists(st.text(st.characters(exclude_characters="\0")), max_size=4), st.integers(1, 10**9))
     def test_words_without_placeholders_stay_as_they_are(self, words, size):
-        words = [word.replace(BATCH, "").replace("{scratch}", "") for word in words]
+        words = [word.replace("{", "") for word in words]
         filled = Command([PYTHON, "train.py", *words, BATCH]).filled(size, "s")
         assert filled == [PYTHON, "train.py", *words, str(size)]
 
@@ -104,6 +127,71 @@ class TestArgumentsOfFind:
 
         with pytest.raises(InvalidArgumentError, match="mps"):
             find(Command([PYTHON, BATCH]), device=Other(GIB, lambda n: n))
+
+    def test_no_permitted_size_within_the_effective_batch_is_named(self):
+        with pytest.raises(InvalidArgumentError, match=r"^effective_batch_size=7: must be at least multiple_of, 8"):
+            find(Command([PYTHON, BATCH, STEPS], effective_batch_size=7), multiple_of=8, device="cpu")
+
+
+class TestAccumulation:
+    """Of a command that is acted."""
+
+    @pytest.fixture
+    def ran(self, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+        """What was run: micro-batch, micro-batches of a step, optimizer steps, and the time for one of these."""
+        runs: list[dict[str, Any]] = []
+
+        def run(words: list[str], variables: Any, trace: Any, *, step_within_s: float) -> Ending:
+            told = json.loads((trace.folder / "request.json").read_text())
+            runs.append({"size": int(words[1]), "accumulation": int(words[2]), "steps": told["steps"]})
+            runs[-1].update(told=told["batch_size"], within_s=step_within_s)
+            records = tuple(record(device="cpu", ranks=self.ranks) for _ in range(self.ranks))
+            return Ending(code=0, silent=False, records=records)
+
+        monkeypatch.setattr(command_executor, "run", run)
+        return runs
+
+    ranks = 1
+
+    def executor(self, log: Path, effective: int | None = None) -> CommandExecutor:
+        words = [PYTHON, BATCH, *([] if effective is None else [STEPS])]
+        return CommandExecutor(Command(words, effective_batch_size=effective, log=log), HostDevice())
+
+    @pytest.mark.parametrize(("size", "accumulation"), [(1, 2), (48, 2), (95, 2), (96, 1)])
+    def test_a_trial_holds_the_gradients_of_one_micro_batch_in_the_next(self, ran, tmp_path, size, accumulation):
+        trial = self.executor(tmp_path / "log", 96).run(TrialRequest(batch_size=size, steps=3)).trial
+        assert [(run["size"], run["accumulation"], run["steps"]) for run in ran] == [(size, accumulation, 3)]
+        assert (trial.batch_size, ran[0]["told"]) == (size, size)  # the micro-batch, which data loaders have too
+
+    @pytest.mark.parametrize(("size", "accumulation", "steps"), [(96, 1, 20), (48, 2, 20), (12, 8, 5), (1, 96, 3)])
+    def test_the_confirmation_takes_as_many_micro_batches_as_there_will_be(
+        self, ran, tmp_path, size, accumulation, steps
+    ):
+        self.executor(tmp_path / "log", 96).confirm((TrialRequest(batch_size=size, steps=20, history="a fresh start"),))
+        assert [(run["accumulation"], run["steps"]) for run in ran] == [(accumulation, steps)]
+        assert ran[0]["within_s"] == 600 * max(1, accumulation / 2)
+
+    def test_once_the_ranks_are_known_they_count_and_what_was_run_without_is_run_anew(self, ran, tmp_path):
+        self.ranks = 2
+        executor = self.executor(tmp_path / "log", 96)
+        for size in (48, 47):
+            assert executor.run(TrialRequest(batch_size=size, steps=3)).trial.fits
+        assert [(run["size"], run["accumulation"]) for run in ran] == [(48, 2), (48, 1), (47, 2)]
+
+    def test_fewer_samples_than_ranks_are_refused(self, ran, tmp_path):
+        self.ranks = 4
+        with pytest.raises(
+            InvalidArgumentError, match=r"^effective_batch_size=3: must be at least 4, a sample for each"
+        ):
+            self.executor(tmp_path / "log", 3).run(TrialRequest(batch_size=1, steps=3))
+
+    def test_the_result_has_the_ranks_and_the_effective_batch_and_ends_there(self, ran, tmp_path, monkeypatch):
+        self.ranks = 2
+        command = Command([PYTHON, BATCH, STEPS], effective_batch_size=96, log=tmp_path / "log")
+        result = find(command, device="cpu")
+        assert (result.batch_size, result.proof) == (96, "max_batch_size")
+        assert (result.environment["effective_batch_size"], result.environment["ranks"]) == (96, 2)
+        assert result.conclusion.endswith("96 (an effective batch of 96 takes no more)")
 
 
 class TestShell:

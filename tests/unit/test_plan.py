@@ -31,6 +31,8 @@ def test_every_size_is_met_exactly_in_the_fewest_steps(effective: int, fits: int
         (4096, 100, 8, "4096 = 86 samples x 5 steps x 8 ranks + 656 samples in a last step"),
         (4096, 128, 8, "4096 = 128 samples x 4 steps x 8 ranks"),
         (7, 4, 2, "7 = 7 samples in one step"),
+        (7, 3, 7, "7 = 1 sample x 1 step x 7 ranks"),
+        (5, 2, 1, "5 = 2 samples x 2 steps + 1 sample in a last step"),
         (None, 30, 2, "60 = 30 samples x 1 step x 2 ranks"),
     ],
 )

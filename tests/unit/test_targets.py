@@ -124,6 +124,23 @@ class TestFunctions:
         assert (workload.precision, workload.mode) == ("fp16", "both")
         assert isinstance(workload.scaler, torch.amp.GradScaler)
 
+    @pytest.mark.parametrize("parameters", ["device", "effective_batch_size=None", "**options"])
+    def test_with_an_effective_batch_the_gradients_of_a_first_micro_batch_are_held(self, script, parameters):
+        path = script(WORKLOAD + f"\n    def wrapped({parameters}):\n        return build('cpu')\n")
+        assert build(f"{path}:wrapped", device="cpu", effective_batch_size=8).accumulate
+        assert not build(f"{path}:wrapped", device="cpu").accumulate
+
+    def test_a_step_function_is_told_the_effective_batch_or_it_is_refused(self, script):
+        step = "from autobatch import Workload\ndef build({}): return Workload.from_step(lambda n: None)"
+        with pytest.raises(InvalidArgumentError, match=r"parameter 'effective_batch_size' of build\(\)"):
+            build(f"{script(step.format(''), 'untold')}:build", effective_batch_size=8)
+        build(f"{script(step.format('effective_batch_size'), 'told')}:build", effective_batch_size=8)
+
+    def test_an_evaluation_accumulates_nothing(self, script):
+        path = script(WORKLOAD.replace("cross_entropy, sample)", "cross_entropy, sample, mode='eval')"))
+        with pytest.raises(InvalidArgumentError, match="an evaluation accumulates nothing"):
+            build(f"{path}:build", device="cpu", effective_batch_size=8)
+
     def test_checkpointing_a_model_without_it_is_refused(self, script):
         with pytest.raises(InvalidArgumentError, match="Linear has no checkpointing"):
             build(f"{script(WORKLOAD)}:build", grad_checkpointing=True)
@@ -254,6 +271,11 @@ def tiny_bert(tmp_path_factory) -> Path:
 
 
 class TestImages:
+    @pytest.mark.parametrize("text", ["torchvision:resnet18", "timm:resnet18"])
+    def test_with_an_effective_batch_it_holds_the_gradients_of_a_first_micro_batch(self, text):
+        assert build(text, effective_batch_size=8).accumulate
+        assert not build(text).accumulate
+
     @pytest.mark.parametrize(
         ("text", "options", "shape"),
         [

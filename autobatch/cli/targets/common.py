@@ -32,6 +32,7 @@ class ModelOptions:
     grad_checkpointing: bool = False
     compile: bool = False
     mode: str | None = None
+    effective_batch_size: int | None = None
 
 
 class Target(Protocol):
@@ -86,6 +87,7 @@ def trained(
         sample,
         precision=options.precision,
         max_grad_norm=max_grad_norm,
+        accumulate=options.effective_batch_size is not None,
         mode=options.mode or "train",
         name=name,
     )

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from autobatch.probe.workload import Workload
 
 # What can be changed of a workload that is there; everything else only the function itself can do.
-_APPLICABLE = ("precision", "grad_checkpointing", "compile", "mode")
+_APPLICABLE = ("precision", "grad_checkpointing", "compile", "mode", "effective_batch_size")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,19 @@ class FunctionTarget:
             kind = type(workload).__name__
             raise InvalidArgumentError("target", self.text, f"a function that returns a Workload; it returned {kind}")
         _apply(workload, {name: value for name, value in _given(self.options).items() if name not in given})
+        if self.options.effective_batch_size is not None:
+            self._accumulate(workload, told="effective_batch_size" in given)
         return workload
+
+    def _accumulate(self, workload: Workload, *, told: bool) -> None:
+        """Makes trials hold the gradients of a first micro-batch. Of a step function that is told, it is the affair."""
+        if workload.mode == "eval":
+            value = self.options.effective_batch_size
+            raise InvalidArgumentError("effective_batch_size", value, "left out: an evaluation accumulates nothing")
+        if workload.step is None:
+            workload.accumulate = True
+        elif not told:
+            raise self._refused("effective_batch_size")
 
     def _resolve(self) -> Callable[..., Any]:
         module = _import(self.module, self.folder)
@@ -196,6 +208,8 @@ def _apply(workload: Workload, options: dict[str, Any]) -> None:
     for name, value in options.items():
         if name == "mode":
             workload.mode = value
+        elif name == "effective_batch_size":
+            continue  # also where the function takes it
         elif not hasattr(workload, "model"):
             raise InvalidArgumentError(name, value, "left out: of this workload only a step function is known")
         elif name == "precision":

@@ -1,0 +1,60 @@
+"""Trainer across ranks of a gloo job: one run, whoever takes part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from autobatch.training.checkpoint import newest
+from tests.distributed import scenarios
+from tests.distributed.launch import Job
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Job]:
+    job = Job(2)
+    yield job
+    job.close()
+
+
+@pytest.fixture(scope="module")
+def one() -> Iterator[Job]:
+    job = Job(1)
+    yield job
+    job.close()
+
+
+def test_ranks_train_what_one_process_trains(one: Job, two: Job) -> None:
+    """Every sample once an epoch at the exact effective batch, also where ranks have sizes of their own."""
+    alone = one.results(scenarios.fitted, folder=None, micro=[7], dropout=0.0, stop_at=None)[0]
+    assert alone["samples"] == [7, 7, 7, 2] * 2
+    for micro, plan in (([2, 2], "7 = 2 samples x 1 step x 2 ranks + 3 samples in a last step"), ([1, 3], None)):
+        each = two.results(scenarios.fitted, folder=None, micro=micro, dropout=0.0, stop_at=None)
+        assert each[0]["hash"] == each[1]["hash"]
+        assert each[0]["samples"] == alone["samples"]
+        assert each[0]["plan"] == plan
+        for rank in each:
+            assert rank["weights"] == pytest.approx(alone["weights"], abs=1e-9)
+            assert rank["losses"] == pytest.approx(alone["losses"], abs=1e-9)
+            assert [samples for _, samples in rank["eval"]] == [11, 11]
+            assert [loss for loss, _ in rank["eval"]] == pytest.approx([loss for loss, _ in alone["eval"]], abs=1e-9)
+
+
+@pytest.mark.parametrize("stop_at", [2, 4])
+def test_a_run_of_ranks_goes_on_bit_for_bit(two: Job, tmp_path: Path, stop_at: int) -> None:
+    whole = two.results(scenarios.fitted, folder=None, micro=[2, 2], dropout=0.3, stop_at=None)
+    folder = str(tmp_path / "run")
+    two.results(scenarios.fitted, folder=folder, micro=[2, 2], dropout=0.3, stop_at=stop_at)
+    assert len(newest(Path(folder))) == 2
+    again = two.results(scenarios.fitted, folder=folder, micro=[2, 2], dropout=0.3, stop_at=None)
+    assert [rank["hash"] for rank in again] == [rank["hash"] for rank in whole]
+    assert [rank["losses"] for rank in again] == [rank["losses"] for rank in whole]
+
+
+def test_one_rank_is_asked_to_end_and_all_do_after_the_same_window(two: Job, tmp_path: Path) -> None:
+    assert two.results(scenarios.terminated, folder=str(tmp_path)) == [3143, 3143]
+    assert newest(tmp_path)[0].name == "window-00000003"
