@@ -19,12 +19,14 @@ from typing import TYPE_CHECKING, Any
 from autobatch import errors
 from autobatch.errors import (
     AutobatchError,
+    CheckpointError,
     DeviceCorruptedError,
     DeviceError,
     DeviceNotFoundError,
     DeviceQueryError,
     DoesNotFitError,
     InvalidArgumentError,
+    RankError,
     SearchError,
     WorkloadFailedError,
 )
@@ -36,7 +38,10 @@ if TYPE_CHECKING:
     from autobatch.probe.finder import find
     from autobatch.probe.workload import Workload
     from autobatch.training.accumulator import Accumulator
+    from autobatch.training.learning_rate import scale_lr
+    from autobatch.training.noise import NoiseScale
     from autobatch.training.plan import AccumulationPlan, plan_accumulation
+    from autobatch.training.trainer import Trainer
     from autobatch.virtual.device import VirtualGPU
 
 __version__ = "0.1.0"
@@ -47,7 +52,10 @@ _HOMES = {
     "Workload": "autobatch.probe.workload",
     "Accumulator": "autobatch.training.accumulator",
     "AccumulationPlan": "autobatch.training.plan",
+    "Trainer": "autobatch.training.trainer",
     "plan_accumulation": "autobatch.training.plan",
+    "NoiseScale": "autobatch.training.noise",
+    "scale_lr": "autobatch.training.learning_rate",
     "VirtualGPU": "autobatch.virtual.device",
     "is_oom": "autobatch.device.oom",
 }
@@ -57,6 +65,7 @@ __all__ = [
     "Accumulator",
     "AutobatchError",
     "BatchSizeResult",
+    "CheckpointError",
     "Command",
     "DeviceCorruptedError",
     "DeviceError",
@@ -65,8 +74,11 @@ __all__ = [
     "DoesNotFitError",
     "InvalidArgumentError",
     "Measurement",
+    "NoiseScale",
     "Outcome",
+    "RankError",
     "SearchError",
+    "Trainer",
     "Trial",
     "VirtualGPU",
     "Workload",
@@ -76,6 +88,7 @@ __all__ = [
     "find",
     "is_oom",
     "plan_accumulation",
+    "scale_lr",
 ]
 
 

@@ -53,11 +53,12 @@ class Snapshot:
             restore()
 
 
-def forget(failure: BaseException, device: torch.device) -> None:
+def forget(failure: BaseException | None, device: torch.device) -> None:
     """Lets go of what a failed step left alive, and gives the device its cached memory back.
 
     To be called outside the ``except`` block: inside, the traceback keeps the tensors of the step alive.
     """
-    forget_frames(failure)
+    if failure is not None:
+        forget_frames(failure)
     gc.collect()
     resolve_local(str(device)).release()

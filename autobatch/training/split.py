@@ -36,14 +36,19 @@ def micro_batches(batch: Any, samples: int, most: int) -> Iterator[Any]:
     Tensors are views. Lists with an item for each sample that hold no tensor (texts, names) are cut too; what else
     there is goes into every part as it is.
     """
-    parts = -(-samples // most)
-    if parts == 1:
+    if 0 < samples <= most:
         yield batch
         return
-    begin = 0
+    for part in parts_of(samples, most):
+        yield _cut(batch, samples, part)
+
+
+def parts_of(samples: int, most: int) -> Iterator[slice]:
+    """Where ``samples`` are cut into as few parts of at most ``most`` as there can be, alike to one sample."""
+    parts, begin = -(-samples // most), 0
     for part in range(parts):
         end = begin + samples // parts + (part < samples % parts)
-        yield _cut(batch, samples, slice(begin, end))
+        yield slice(begin, end)
         begin = end
 
 

@@ -31,6 +31,15 @@ class Update:
             optimizer.zero_grad(set_to_none=True)
         self._model.zero_grad(set_to_none=True)
 
+    def parameters(self) -> list[nn.Parameter]:
+        """Each once: those of the model, and those of a loss function, which only an optimizer knows."""
+        known = [*self._model.parameters(), *(p for optimizer in self._optimizers for p in _parameters_of(optimizer))]
+        return list({id(parameter): parameter for parameter in known}.values())
+
+    def scale(self) -> float:
+        """What :meth:`backward` multiplies a loss with."""
+        return 1.0 if self._scaler is None else float(self._scaler.get_scale())
+
     def backward(self, loss: Tensor) -> None:
         """Adds the gradients of ``loss``."""
         (loss if self._scaler is None else self._scaler.scale(loss)).backward()
@@ -54,10 +63,10 @@ class Update:
         if self._scaler is not None:
             for optimizer in stepping:
                 self._scaler.unscale_(optimizer)
-        # A loss function may have parameters too, which an optimizer knows and the model does not.
-        known = [*self._model.parameters(), *(p for optimizer in self._optimizers for p in _parameters_of(optimizer))]
-        gradients = list(_gradients({id(parameter): parameter for parameter in known}.values()))
+        gradients = list(_gradients(self.parameters()))
         norm = nn.utils.get_total_norm([gradient for _, gradient in gradients])
+        if hasattr(norm, "full_tensor"):
+            norm = norm.full_tensor()  # of a sharded model each rank has a part
         if self._max_grad_norm is not None:
             nn.utils.clip_grads_with_norm_([parameter for parameter, _ in gradients], self._max_grad_norm, norm)
         return norm

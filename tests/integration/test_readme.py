@@ -41,3 +41,18 @@ def test_the_example_of_accumulation_prints_what_the_readme_says() -> None:
     promised = next(text for text in blocks("text") if text.startswith("4096 = "))
     without_losses = re.compile(r"loss \d\.\d+")  # which are of random data
     assert without_losses.sub("", printed).strip() == without_losses.sub("", promised).strip()
+
+
+def test_the_example_of_training_goes_as_the_readme_says(tmp_path: Path) -> None:
+    promised = next(text for text in blocks("text") if text.startswith("batch "))
+    command = [sys.executable, str(ROOT / "examples" / "trainer.py"), str(tmp_path / "run")]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=250)
+    # Figures of this machine and this moment; the words are the README's.
+    without_figures = re.compile(r"[\d.]+")
+    shown = [without_figures.sub("#", line) for line in done.stderr.splitlines()]
+    for line in promised.strip().splitlines():
+        words = without_figures.sub("#", line)
+        assert any(other.split(";")[0] == words.split(";")[0] for other in shown), (words, shown)
+    assert done.stdout.startswith("4096 = ")
+    again = subprocess.run(command, check=True, capture_output=True, text=True, timeout=250)
+    assert again.stderr.startswith("nothing is left to train: ")

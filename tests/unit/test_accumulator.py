@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from autobatch import Accumulator, AutobatchError, InvalidArgumentError
-from autobatch.errors import AutobatchWarning, RankError
+from autobatch import Accumulator, AutobatchError, InvalidArgumentError, NoiseScale
+from autobatch.errors import AutobatchWarning
 from autobatch.probe.state import fingerprint
 from tests.workloads.training import linear
 
@@ -228,13 +228,6 @@ def test_a_compiled_model_is_not_compiled_for_every_size() -> None:
     assert counters["stats"]["unique_graphs"] == 1
 
 
-def test_one_of_several_ranks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(RankError, match="one of 2 ranks"):
-        linear(nn.MSELoss())
-
-
 @pytest.mark.filterwarnings("ignore")
 def test_bf16_is_autocast() -> None:
     seen: list[torch.dtype] = []
@@ -292,3 +285,41 @@ def test_a_loss_that_is_a_vector_is_refused() -> None:
     accumulator = Accumulator(model, optimizer, lambda o, b: o.squeeze(), micro_batch_size=2)
     with pytest.raises(AutobatchError, match=r"loss_fn='a function that returns a tensor of shape \(2,\)'"):
         accumulator.step(torch.ones(4, 3))
+
+
+@pytest.mark.parametrize(("reduction", "options"), [("mean", {}), ("sum", {}), ("mean", {"scaler": True})])
+def test_the_noise_scale_of_its_micro_batches(reduction: str, options: dict[str, Any]) -> None:
+    """Measured amid training, it is that of the gradients computed one by one, whatever they are multiplied with."""
+    model = nn.Linear(3, 1).double()
+    noise, exact = NoiseScale(decay=0.0), []
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0) if options else None
+    accumulator = Accumulator(
+        model,
+        Kept(model.parameters(), lr=0.1),
+        nn.MSELoss(reduction=reduction),
+        micro_batch_size=3,
+        reduction=reduction,
+        noise=noise,
+        scaler=scaler,
+        max_grad_norm=0.001,  # which comes after
+    )
+    batch = torch.randn(7, 3).double(), torch.randn(7, 1).double() + 3.0
+    for begin, end in ((0, 3), (3, 5), (5, 7), (0, 7)):
+        gradient = full_batch(model, nn.MSELoss(), (batch[0][begin:end], batch[1][begin:end]))
+        exact.append(sum(float((part**2).sum()) for part in gradient if part is not None))
+    model.zero_grad()
+    accumulator.step(batch)
+    trace = (3 * exact[0] + 2 * exact[1] + 2 * exact[2] - 7 * exact[3]) / 2
+    assert noise.batch_size == pytest.approx(max(0.0, trace) / (exact[3] - trace / 7))
+
+
+def test_one_window_in_so_many_is_looked_at() -> None:
+    model = nn.Linear(6, 2)
+    noise = NoiseScale(every=4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    accumulator = Accumulator(model, optimizer, nn.MSELoss(), micro_batch_size=2, noise=noise)
+    for _ in range(50):
+        accumulator.step((torch.randn(4, 6), torch.randn(4, 2)))
+    assert noise.windows == 32 + 5
+    with pytest.raises(InvalidArgumentError, match="every=0"):
+        NoiseScale(every=0)

@@ -1,0 +1,169 @@
+"""What of a run goes into a checkpoint, and how it comes back: everything that decides its further bits."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autobatch.errors import AutobatchWarning, CheckpointError, RankError
+from autobatch.ranks import Ranks
+from autobatch.training import checkpoint as checkpoints
+from autobatch.training.accumulator import Accumulator
+from autobatch.training.checkpoint import Checkpoint
+from autobatch.training.events import Evaluation
+from autobatch.training.loop import Position
+from autobatch.training.noise import NoiseScale
+from autobatch.training.sizing import Sizes
+
+
+class Saved:
+    """The state of a run on disk and back.
+
+    Args:
+        optimizers: in their order.
+        parts: what else has ``state_dict`` and ``load_state_dict``, by name; None where a run has no such part.
+        noise: likewise, but a run may go on with or without it.
+
+    Raises:
+        RankError: for a sharded model, of which no rank has the whole.
+    """
+
+    def __init__(
+        self,
+        accumulator: Accumulator,
+        optimizers: Sequence[Any],
+        parts: Mapping[str, Any],
+        noise: NoiseScale | None,
+        ranks: Ranks,
+    ) -> None:
+        self._accumulator, self._optimizers, self._ranks = accumulator, list(optimizers), ranks
+        self._noise = noise
+        self._parts = {name: part for name, part in parts.items() if part is not None}
+
+    def check(self) -> None:
+        """Raises RankError where no checkpoint can be written, and warns where ranks have different libraries."""
+        if self._accumulator.is_sharded:
+            raise RankError("checkpoint= does not know sharded models: torch.distributed.checkpoint writes them")
+        each = self._ranks.gather(checkpoints.versions())
+        if any(versions != each[0] for versions in each):
+            told = "; ".join(f"rank {rank} has {versions}" for rank, versions in enumerate(each))
+            warnings.warn(f"the ranks run different versions: {told}", AutobatchWarning, stacklevel=4)
+
+    def write(self, folder: Path, position: Position, sizes: Sizes, *, keep: int) -> Path:
+        """Writes a checkpoint, on rank 0 alone; gives its folder."""
+        chances = self._ranks.gather(_random_numbers(self._device))
+        path = Path()
+
+        def written() -> None:
+            nonlocal path
+            if self._ranks.rank == 0:
+                weights = self._accumulator.module.state_dict()
+                rest = self._rest(position, sizes) | {"random": chances}
+                path = checkpoints.write(folder, self._accumulator.windows, weights, rest, keep=keep)
+
+        self._ranks_agree(written)
+        return self._ranks.broadcast(path)
+
+    def read(self, path: Path) -> Checkpoint:
+        """A checkpoint that belongs to this run. Nothing is loaded yet.
+
+        Raises:
+            CheckpointError: if it is not whole, or of another model or optimizer.
+        """
+        checkpoint: list[Checkpoint] = []
+
+        def read() -> None:
+            checkpoint.append(checkpoints.read(path))
+            self._check(checkpoint[0])
+
+        self._ranks_agree(read)
+        if checkpoint[0].versions != checkpoints.versions():
+            told = f"{path} was written by {dict(checkpoint[0].versions)}, and this is {checkpoints.versions()}"
+            warnings.warn(f"{told}: the run may go on with other bits", AutobatchWarning, stacklevel=3)
+        return checkpoint[0]
+
+    def restore(self, checkpoint: Checkpoint) -> Position:
+        """Puts everything back, in place; gives how far the run was."""
+        rest = checkpoint.rest
+        self._accumulator.module.load_state_dict(dict(checkpoint.weights))
+        for optimizer, state in zip(self._optimizers, rest["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        for name, part in self._parts.items():
+            part.load_state_dict(rest["parts"][name])
+        if self._noise is not None and rest["noise"] is not None:
+            self._noise.load_state_dict(rest["noise"])
+        self._accumulator.load_state_dict(rest["accumulator"])
+        position = dict(rest["position"])
+        if position["loss_sum"] is not None:
+            position["loss_sum"] = position["loss_sum"].to(self._device)
+        position["evaluations"] = [Evaluation(**found) for found in position["evaluations"]]
+        if self._ranks.rank < len(rest["random"]):
+            _set_random_numbers(rest["random"][self._ranks.rank], self._device)
+        return Position(**position)
+
+    @property
+    def _device(self) -> torch.device:
+        return self._accumulator.passes.device
+
+    def _rest(self, position: Position, sizes: Sizes) -> dict[str, Any]:
+        return {
+            "position": dataclasses.asdict(position),
+            "sizes": dataclasses.asdict(sizes),
+            "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
+            "parts": {name: part.state_dict() for name, part in self._parts.items()},
+            "noise": None if self._noise is None else self._noise.state_dict(),
+            "accumulator": self._accumulator.state_dict(),
+        }
+
+    def _check(self, checkpoint: Checkpoint) -> None:
+        checkpoints.check_same(checkpoint, self._accumulator.module.state_dict())
+        theirs = [_shape(state["param_groups"]) for state in checkpoint.rest["optimizers"]]
+        ours = [_shape(optimizer.param_groups) for optimizer in self._optimizers]
+        if theirs != ours:
+            said = f"of other optimizers: parameters by group are {theirs}, and {ours} here"
+            raise CheckpointError(f"{checkpoint.path}: {said}")
+        if set(checkpoint.rest["parts"]) != set(self._parts):
+            said = f"of a run with {sorted(checkpoint.rest['parts'])}, where this has {sorted(self._parts)}"
+            raise CheckpointError(f"{checkpoint.path}: {said}")
+
+    def _ranks_agree(self, function: Any) -> None:
+        self._accumulator.agreed(function)
+
+
+def _shape(groups: Sequence[Mapping[str, Any]]) -> list[int]:
+    return [len(group["params"]) for group in groups]
+
+
+def _random_numbers(device: torch.device) -> dict[str, Any]:
+    """The state of each generator, in tensors and numbers."""
+    version, numbers, gauss = random.getstate()
+    states: dict[str, Any] = {"python": [version, list(numbers), gauss], "torch": torch.get_rng_state()}
+    if numpy := sys.modules.get("numpy"):
+        name, keys, *others = numpy.random.get_state()
+        states["numpy"] = [name, keys.tolist(), *others]
+    if (module := _generators_of(device)) is not None:
+        states["device"] = module.get_rng_state(device)
+    return states
+
+
+def _set_random_numbers(states: Mapping[str, Any], device: torch.device) -> None:
+    version, numbers, gauss = states["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    torch.set_rng_state(states["torch"])
+    if "numpy" in states and (numpy := sys.modules.get("numpy")):
+        name, keys, *others = states["numpy"]
+        numpy.random.set_state((name, numpy.array(keys, dtype=numpy.uint32), *others))
+    if "device" in states and (module := _generators_of(device)) is not None:
+        module.set_rng_state(states["device"], device)
+
+
+def _generators_of(device: torch.device) -> Any:
+    module = None if device.type == "cpu" else torch.get_device_module(device.type)
+    return module if hasattr(module, "get_rng_state") else None

@@ -1,0 +1,351 @@
+"""Trainer: the probe, exact accumulation and recovery in a training loop that can be killed at any moment."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor, nn
+
+from autobatch.device.local import resolve_local
+from autobatch.errors import InvalidArgumentError
+from autobatch.probe.search_arguments import check_count
+from autobatch.probe.workload_arguments import check_functions
+from autobatch.ranks import Ranks
+from autobatch.result import BatchSizeResult
+from autobatch.training import checkpoint as checkpoints
+from autobatch.training.accumulator import Accumulator
+from autobatch.training.arguments import check_folder, check_run
+from autobatch.training.evaluation import evaluate
+from autobatch.training.events import Callback, Evaluation, Event
+from autobatch.training.feed import Feed, count_samples
+from autobatch.training.loop import Loop, Position
+from autobatch.training.noise import NoiseScale
+from autobatch.training.progress import Display
+from autobatch.training.report import TrainingReport, epoch_line, headline, sizes_line
+from autobatch.training.saved import Saved
+from autobatch.training.sizing import Sizes, probed, sizes_of
+
+_NOISE_EVERY = 4  # windows: one in so many is enough for a figure of two digits, at a quarter of the time
+
+
+class Trainer:
+    """Trains a model at an effective batch of any size, in micro-batches that fit.
+
+    ::
+
+        trainer = autobatch.Trainer(model, optimizer, loss_fn, effective_batch_size=4096, checkpoint="runs/first")
+        report = trainer.fit(dataset, epochs=3, eval_dataset=held_out)
+
+    The model trains where it is. With ``micro_batch_size="auto"`` the largest that fits is found before the first
+    window. A run that was killed goes on in the middle of its epoch when the same script is started again, and ends
+    with the same weights as one that never stopped, bit for bit where the computation itself is.
+
+    Among the ranks of a torch.distributed job (``torchrun``) each takes its share of every window.
+
+    Args:
+        model, optimizer, loss_fn, count, reduction, precision, scaler, scheduler, max_grad_norm, grow_after: as in
+            :class:`~autobatch.Accumulator`; the scheduler steps once a window. fp16 gets a scaler if there is none.
+        effective_batch_size: samples of a window, over all ranks; None for one micro-batch on each rank.
+        micro_batch_size: the most samples of a rank at once; ``"auto"`` probes.
+        eval_batch_size: for the evaluation; probed with ``"auto"``, else that of training.
+        collate_fn: makes a batch of a list of samples; torch's own if not given.
+        length: what makes a sample long, for the probe: as in :class:`~autobatch.Workload`.
+        seed: of the order of the samples, and of what is drawn to load them.
+        shuffle: False takes them in their own order.
+        drop_last: leave out the last window of an epoch if it would have fewer samples.
+        workers: processes that load samples; 0 for this one.
+        checkpoint: a folder for checkpoints; None for none. They are written at the start, after each epoch and on
+            SIGTERM, upon which the process exits with 143.
+        checkpoint_every: windows between two of them, beside those.
+        keep: so many checkpoints stay.
+        callbacks: functions of an :class:`~autobatch.training.events.Event`.
+        progress: show the run on standard error.
+        noise: measure the gradient noise scale, which the summary of an epoch tells.
+        find_options: further arguments of :func:`~autobatch.find`, such as ``{"headroom": 0.1}``.
+
+    Raises:
+        InvalidArgumentError: an argument is wrong.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        loss_fn: Callable[..., Tensor] | None = None,
+        *,
+        effective_batch_size: int | None = None,
+        micro_batch_size: int | Literal["auto"] = "auto",
+        eval_batch_size: int | None = None,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        length: Callable[[Any], float] | Sequence[float] | None = None,
+        count: Callable[[Any], Any] | None = None,
+        reduction: str = "mean",
+        precision: str | None = None,
+        scaler: Any = None,
+        scheduler: Any = None,
+        max_grad_norm: float | None = None,
+        seed: int = 0,
+        shuffle: bool = True,
+        drop_last: bool = False,
+        workers: int = 0,
+        checkpoint: str | Path | None = None,
+        checkpoint_every: int | None = None,
+        keep: int = 2,
+        callbacks: Sequence[Callback] = (),
+        progress: bool = True,
+        noise: bool = True,
+        grow_after: int | None = None,
+        find_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        check_run(
+            counts={
+                "effective_batch_size": effective_batch_size,
+                "eval_batch_size": eval_batch_size,
+                "checkpoint_every": checkpoint_every,
+                "keep": keep,
+                "micro_batch_size": None if micro_batch_size == "auto" else micro_batch_size,
+            },
+            numbers={"seed": seed, "workers": workers},
+            flags={"shuffle": shuffle, "drop_last": drop_last, "progress": progress, "noise": noise},
+        )
+        check_functions(collate_fn=collate_fn, **{f"callbacks[{i}]": each for i, each in enumerate(callbacks)})
+        check_folder(checkpoint, checkpoint_every)
+        if find_options is not None and not isinstance(find_options, Mapping):
+            raise InvalidArgumentError("find_options", find_options, "a dict of arguments of autobatch.find, or None")
+        if micro_batch_size == "auto" and isinstance(optimizer, (list, tuple)):
+            raise InvalidArgumentError("micro_batch_size", "auto", "a number where there are several optimizers")
+        if precision == "fp16" and scaler is None and isinstance(model, nn.Module):
+            scaler = torch.amp.GradScaler(_device_of(model).type)
+        # Of a sharded model hooks see no gradient.
+        is_whole = isinstance(model, nn.Module) and not any(hasattr(p, "device_mesh") for p in model.parameters())
+        self._noise = NoiseScale(every=_NOISE_EVERY) if noise and is_whole else None
+        self._loop: Loop | None = None
+        self._accumulator = Accumulator(
+            model,
+            optimizer,
+            loss_fn,
+            micro_batch_size=1,  # until it is known
+            count=count,
+            reduction=reduction,
+            precision=precision,
+            scaler=scaler,
+            scheduler=scheduler,
+            max_grad_norm=max_grad_norm,
+            noise=self._noise,
+            grow_after=grow_after,
+            on_recovery=lambda recovery: self._loop.recovered(recovery) if self._loop is not None else None,
+        )
+        self.model, self._loss_fn, self._reduction = model, loss_fn, reduction
+        self._training = {"precision": precision, "scaler": scaler, "scheduler": scheduler}
+        self._training |= {"max_grad_norm": max_grad_norm, "optimizer": optimizer}
+        self._effective, self._micro, self._eval = effective_batch_size, micro_batch_size, eval_batch_size
+        self._collate, self._length, self._workers = collate_fn, length, workers
+        self._seed, self._keep, self._every = seed, keep, checkpoint_every
+        self._shuffle, self._drop_last = shuffle, drop_last
+        self._folder = None if checkpoint is None else Path(checkpoint)
+        self._find_options = dict(find_options or {})
+        self._ranks = Ranks.here()
+        display = [Display()] if progress and self._ranks.rank == 0 else []
+        self._callbacks: list[Callback] = [*display, *callbacks]
+        self._display = display
+
+    def fit(self, dataset: Any, *, epochs: int = 1, eval_dataset: Any = None, resume: bool = True) -> TrainingReport:
+        """Trains on ``dataset``, or goes on with it from the newest checkpoint.
+
+        Args:
+            dataset: with a length, and samples by number.
+            epochs: in all, those before an interruption included.
+            eval_dataset: evaluated at the end of each epoch.
+            resume: False refuses a folder that holds checkpoints.
+
+        Raises:
+            InvalidArgumentError: an argument is wrong; nothing was touched.
+            CheckpointError: a checkpoint is not whole, or of another model; nothing was loaded.
+            DoesNotFitError: not even one sample fits.
+            RankError: another rank failed.
+            SystemExit: with 143, after SIGTERM.
+            Exception: what the model or the data set raises for another reason than memory, unchanged.
+        """
+        check_count("epochs", epochs)
+        count_samples(dataset)
+        if eval_dataset is not None:
+            count_samples(eval_dataset)
+        with self._locked():
+            saved = self._saved()
+            found = self._accumulator.agreed(lambda: self._newest(resume))[0]
+            loaded = None if found is None else saved.read(found)
+            result, sizes = self._sizes(dataset, eval_dataset, None if loaded is None else loaded.rest["sizes"])
+            loop = self._made(dataset, eval_dataset, sizes, saved, epochs=epochs)
+            if loaded is not None:
+                loop.position = saved.restore(loaded)
+            try:
+                loop.run(headline(result, sizes, loop.position, epochs, found), is_resumed=loaded is not None)
+            finally:
+                for display in self._display:
+                    display.close()
+                self._loop = None
+        return self._report(loop, sizes, result)
+
+    def evaluate(self, dataset: Any, *, batch_size: int) -> Evaluation:
+        """The mean loss over the loss terms of ``dataset``, without gradients.
+
+        Args:
+            batch_size: samples at once; halved where memory runs out.
+
+        Raises:
+            DoesNotFitError: not even one sample fits.
+        """
+        check_count("batch_size", batch_size)
+        count_samples(dataset)
+        return evaluate(
+            self._accumulator.passes,
+            dataset,
+            batch_size=batch_size,
+            collate_fn=self._collate,
+            workers=self._workers,
+            ranks=self._ranks,
+            reduction=self._reduction,
+            in_step=self._accumulator.runs_in_step,
+        )
+
+    def _saved(self) -> Saved:
+        optimizer = self._training["optimizer"]
+        optimizers = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
+        parts = {"scheduler": self._training["scheduler"], "scaler": self._training["scaler"]}
+        saved = Saved(self._accumulator, optimizers, parts, self._noise, self._ranks)
+        if self._folder is not None:
+            saved.check()
+        return saved
+
+    def _made(self, dataset: Any, eval_dataset: Any, sizes: Sizes, saved: Saved, *, epochs: int) -> Loop:
+        if self._drop_last and count_samples(dataset) < sizes.effective_batch_size:
+            allowed = f"at most {count_samples(dataset)}, the samples there are"
+            raise InvalidArgumentError("effective_batch_size", sizes.effective_batch_size, allowed)
+        feed = Feed(
+            dataset,
+            effective_batch_size=sizes.effective_batch_size,
+            micro_batch_sizes=sizes.micro_batch_sizes,
+            rank=self._ranks.rank,
+            collate_fn=self._collate,
+            shuffle=self._shuffle,
+            drop_last=self._drop_last,
+            seed=self._seed,
+            workers=self._workers,
+        )
+        self._accumulator.restart(sizes.micro_batch_sizes[self._ranks.rank])
+        folder, size = self._folder, sizes.eval_batch_size
+        self._loop = Loop(
+            self._accumulator,
+            feed,
+            self._ranks,
+            epochs=epochs,
+            evaluate=None if eval_dataset is None else lambda: self.evaluate(eval_dataset, batch_size=size),
+            save=None if folder is None else lambda at: saved.write(folder, at, sizes, keep=self._keep),
+            save_every=self._every,
+            tell=self._tell,
+            summary=lambda at, speed: self._summary(at, speed, epochs, sizes),
+        )
+        return self._loop
+
+    def _sizes(
+        self, dataset: Any, eval_dataset: Any, known: Mapping[str, Any] | None
+    ) -> tuple[BatchSizeResult | None, Sizes]:
+        if known is not None and self._micro == "auto":
+            # The micro-batches of a run decide its bits: one that goes on keeps those it began with.
+            sizes = Sizes(**{**known, "micro_batch_sizes": tuple(known["micro_batch_sizes"])})
+            if len(sizes.micro_batch_sizes) == self._ranks.size:
+                return None, dataclasses.replace(
+                    sizes, effective_batch_size=self._effective or sizes.effective_batch_size
+                )
+        if self._micro != "auto":
+            return None, self._given(int(self._micro), self._eval, is_probed=False)
+        share = None if self._effective is None else -(-self._effective // self._ranks.size)
+        result = probed(
+            self.model,
+            dataset,
+            eval_dataset,
+            device=str(self._accumulator.passes.device),
+            loss_fn=self._loss_fn,
+            collate_fn=self._collate,
+            length=self._length,
+            share=share,
+            training=self._training,
+            options=self._find_options,
+        )
+        return result, self._given(result.batch_size, self._eval or result.eval_batch_size, is_probed=True)
+
+    def _given(self, micro: int, of_evaluation: int | None, *, is_probed: bool) -> Sizes:
+        return sizes_of(
+            micro,
+            effective_batch_size=self._effective,
+            eval_batch_size=of_evaluation,
+            ranks=self._ranks,
+            is_probed=is_probed,
+        )
+
+    def _newest(self, resume: bool) -> Path | None:
+        found = [] if self._folder is None else checkpoints.newest(self._folder)
+        if found and not resume:
+            raise InvalidArgumentError("checkpoint", str(self._folder), "a folder without checkpoints, or resume=True")
+        return found[0] if found else None
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Keeps two runs from writing into one folder."""
+        locks: list[FileLock] = []
+        try:
+            self._accumulator.agreed(lambda: self._lock(locks))
+            yield
+        finally:
+            for lock in locks:
+                lock.release()
+
+    def _lock(self, locks: list[FileLock]) -> None:
+        if self._folder is None or self._ranks.rank:
+            return
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self._folder / ".lock", timeout=0)
+            lock.acquire()
+        except Timeout:
+            allowed = "a folder that no other run writes into"
+            raise InvalidArgumentError("checkpoint", str(self._folder), allowed) from None
+        except OSError as exc:
+            allowed = f"a folder that can be written ({exc.strerror})"
+            raise InvalidArgumentError("checkpoint", str(self._folder), allowed) from exc
+        locks.append(lock)
+
+    def _tell(self, event: Event) -> None:
+        for callback in self._callbacks:
+            callback(event)
+
+    def _summary(self, position: Position, speed: float | None, epochs: int, sizes: Sizes) -> str:
+        peak_bytes = resolve_local(str(self._accumulator.passes.device)).measure().peak_allocated_bytes
+        noise = None if self._noise is None else self._noise.batch_size
+        first = epoch_line(position, epochs, samples_per_s=speed, peak_bytes=peak_bytes)
+        own = sizes.micro_batch_sizes[self._ranks.rank]
+        return f"{first}; {sizes_line(own, sizes.effective_batch_size, noise, is_largest=sizes.is_probed)}"
+
+    def _report(self, loop: Loop, sizes: Sizes, result: BatchSizeResult | None) -> TrainingReport:
+        return TrainingReport(
+            epochs=loop.position.epoch,
+            windows=self._accumulator.windows,
+            losses=tuple(loop.position.losses),
+            evaluations=tuple(loop.position.evaluations),
+            plan=sizes.plan,
+            micro_batch_size=self._accumulator.micro_batch_size,
+            batch_size=result,
+            noise_scale=None if self._noise is None else self._noise.batch_size,
+        )
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    first = next(itertools.chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if first is None else first.device

@@ -1,0 +1,57 @@
+"""Trainer under torchrun with nccl, on GPUs of 24 and 16 GB that are not there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.gpu.test_find_ranks import ranks
+
+pytestmark = [pytest.mark.gpu, pytest.mark.distributed]
+
+FIT = """
+class Rows(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1024
+    def __getitem__(self, index):
+        return torch.zeros(512, 1024, device="cuda"), torch.zeros(512, 1024, device="cuda")
+
+class Loss(nn.Module):
+    def forward(self, output, target):
+        return mse_loss(output, target)
+
+if __name__ == "__main__":
+    from autobatch import Trainer
+    rank = int(os.environ["LOCAL_RANK"])
+    device = f"cuda:{rank}"
+    torch.cuda.set_device(rank)
+    dist.init_process_group("nccl")
+    model = layers(device)
+    optimizer = torch.optim.AdamW(model.parameters())
+    events = []
+    trainer = Trainer(
+        model, optimizer, Loss(), effective_batch_size=512, progress=False, callbacks=[events.append],
+        find_options={"per_rank": sys.argv[1] == "per_rank", "headroom": 0.02, "max_batch_size": 256},
+    )
+    report = trainer.fit(Rows(), epochs=1)
+    samples = [event.window.samples for event in events if event.window]
+    recovered = sum(event.kind == "recovered" for event in events)
+    parts = [event.window.micro_batches for event in events if event.window]
+    sys.stdout.write(json.dumps([rank, report.micro_batch_size, samples, parts, recovered]) + "\\n")
+    dist.destroy_process_group()
+    sys.exit()
+"""
+
+
+def test_both_train_with_the_size_that_fits_the_smaller(tmp_path: Path) -> None:
+    (_, large, *first), (_, small, *second) = ranks(tmp_path, FIT, "agreed")
+    assert large == small
+    assert first == second == [[512, 512], [-(-256 // small)] * 2, 0]
+
+
+def test_each_trains_with_its_own_size_in_as_many_micro_batches(tmp_path: Path) -> None:
+    (_, large, *first), (_, small, *second) = ranks(tmp_path, FIT, "per_rank")
+    assert large / small == pytest.approx(24 / 16, rel=0.15)
+    assert first == second
+    assert (first[0], first[2]) == ([512, 512], 0)

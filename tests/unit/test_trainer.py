@@ -1,0 +1,450 @@
+"""Trainer: what it trains, that it goes on where it was, and what it refuses."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset
+
+from autobatch import CheckpointError, InvalidArgumentError, Trainer
+from autobatch.errors import AutobatchWarning
+from autobatch.probe.state import fingerprint
+from autobatch.training.checkpoint import newest
+from autobatch.training.events import Event
+from autobatch.training.feed import Feed
+from tests.workloads.training import OUT
+
+
+class Rows(Dataset[tuple[Tensor, Tensor]]):
+    """Samples with an augmentation that draws from every generator."""
+
+    def __init__(self, samples: int = 23) -> None:
+        chance = torch.Generator().manual_seed(5)
+        self.x, self.y = torch.randn(samples, 6, generator=chance), torch.randn(samples, 2, generator=chance)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        noise = torch.randn(6) + random.random() + float(numpy.random.rand())
+        return self.x[index] + 0.01 * noise, self.y[index]
+
+
+class Stop(Exception):
+    """Raised by a callback."""
+
+
+def made(hidden: int = 8, **options: Any) -> tuple[Trainer, list[Any]]:
+    torch.manual_seed(1)
+    random.seed(1)
+    numpy.random.seed(1)
+    model = nn.Sequential(nn.Linear(6, hidden), nn.BatchNorm1d(hidden), nn.Dropout(0.3), nn.Linear(hidden, 2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
+    defaults: dict[str, Any] = {"effective_batch_size": 7, "micro_batch_size": 3, "progress": False}
+    trainer = Trainer(model, optimizer, nn.MSELoss(), scheduler=scheduler, **{**defaults, **options})
+    return trainer, [model, optimizer, scheduler]
+
+
+def stopped_after(windows: int) -> Any:
+    def callback(event: Event) -> None:
+        if event.kind == "window" and event.windows == windows:
+            raise Stop
+
+    return callback
+
+
+def bits(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any) -> str:
+    """A hash of all that a run has to go on with exactly: whatever object holds it."""
+    digest = hashlib.sha256(torch.get_rng_state().numpy().tobytes())
+    state = optimizer.state_dict()
+    for tensor in [
+        *model.state_dict().values(),
+        *(value for entry in state["state"].values() for value in entry.values()),
+    ]:
+        digest.update(tensor.numpy().tobytes())
+    digest.update(repr([state["param_groups"], scheduler.state_dict(), random.random(), numpy.random.rand()]).encode())
+    return digest.hexdigest()
+
+
+@pytest.fixture(autouse=True)
+def _quiet(recwarn: pytest.WarningsRecorder) -> None:
+    """Batch norm is warned of in each."""
+
+
+def test_it_trains_every_sample_once_an_epoch_at_the_effective_batch() -> None:
+    events: list[Event] = []
+    trainer, (model, *_) = made(callbacks=[events.append], max_grad_norm=1.0)
+    before = fingerprint(model)
+    report = trainer.fit(Rows(), epochs=3)
+    assert (report.epochs, report.windows, str(report.plan)) == (
+        3,
+        12,
+        "7 = 3 samples x 2 steps + 1 sample in a last step",
+    )
+    assert [event.window.samples for event in events if event.window] == [7, 7, 7, 2] * 3
+    assert report.losses[2] < report.losses[0]
+    assert fingerprint(model) != before
+    assert [event.kind for event in events if event.kind != "window"] == ["started", *["epoch"] * 3, "ended"]
+    assert report.noise_scale is None or report.noise_scale >= 0
+
+
+def test_a_last_window_may_be_left_out() -> None:
+    events: list[Event] = []
+    made(callbacks=[events.append], drop_last=True)[0].fit(Rows())
+    assert [event.window.samples for event in events if event.window] == [7, 7, 7]
+    with pytest.raises(
+        InvalidArgumentError, match="effective_batch_size=24: must be at most 23, the samples there are"
+    ):
+        made(effective_batch_size=24, drop_last=True)[0].fit(Rows())
+
+
+def test_a_window_is_the_full_batchs_step() -> None:
+    """Without batch norm and dropout the weights are those of plain full-batch training on the same samples."""
+    rows = Rows()
+    torch.manual_seed(2)
+    model, twin = nn.Linear(6, 2).double(), nn.Linear(6, 2).double()
+    twin.load_state_dict(model.state_dict())
+    both = [torch.optim.SGD(each.parameters(), lr=0.1) for each in (model, twin)]
+    collate = lambda part: tuple(tensor.double() for tensor in torch.utils.data.default_collate(part))  # noqa: E731
+    Trainer(
+        model, both[0], nn.MSELoss(), effective_batch_size=7, micro_batch_size=2, collate_fn=collate, progress=False
+    ).fit(rows, epochs=2)
+    feed = Feed(
+        rows,
+        effective_batch_size=7,
+        micro_batch_sizes=[7],
+        rank=0,
+        collate_fn=collate,
+        shuffle=True,
+        drop_last=False,
+        seed=0,
+        workers=0,
+    )
+    # The augmentation is seeded by micro-batch, so it is left out here.
+    rows.__class__ = Plain
+    model.load_state_dict(twin.state_dict())
+    Trainer(
+        model, both[0], nn.MSELoss(), effective_batch_size=7, micro_batch_size=2, collate_fn=collate, progress=False
+    ).fit(rows, epochs=2)
+    for epoch in range(2):
+        for (batch,) in feed.epoch(epoch):
+            both[1].zero_grad()
+            nn.functional.mse_loss(twin(batch[0]), batch[1]).backward()
+            both[1].step()
+    assert (model.weight - twin.weight).abs().max() < 1e-12
+
+
+class Plain(Rows):
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.x[index], self.y[index]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("windows", [1, 4, 6])
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path: Path, workers: int, windows: int) -> None:
+    whole, state = made()
+    expected = whole.fit(Rows(), epochs=2)
+    reference = bits(*state)
+    folder = tmp_path / "run"
+    first, _ = made(checkpoint=folder, checkpoint_every=1, callbacks=[stopped_after(windows)])
+    with pytest.raises(Stop):
+        first.fit(Rows(), epochs=2)
+    torch.rand(100)  # whatever was drawn since
+    second, its_state = made(checkpoint=folder, checkpoint_every=1, workers=workers)
+    torch.manual_seed(99)
+    report = second.fit(Rows(), epochs=2)
+    assert bits(*its_state) == reference
+    assert report.losses == expected.losses
+    again, its_state = made(checkpoint=folder, noise=False)
+    assert again.fit(Rows(), epochs=2).windows == 8  # there is nothing left to train
+    assert fingerprint(*its_state[:1]) == fingerprint(*state[:1])
+
+
+def test_sigterm_writes_a_checkpoint_and_exits(tmp_path: Path) -> None:
+    whole, state = made()
+    whole.fit(Rows(), epochs=2)
+    reference = bits(*state)
+    events: list[Event] = []
+
+    def callback(event: Event) -> None:
+        events.append(event)
+        if event.windows == 3 and event.kind == "window":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    first, _ = made(checkpoint=tmp_path, callbacks=[callback])
+    with pytest.raises(SystemExit) as ended:
+        first.fit(Rows(), epochs=2)
+    assert ended.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert [event.kind for event in events[-3:]] == ["window", "checkpoint", "stopped"]
+    assert newest(tmp_path)[0].name == "window-00000003"
+    second, its_state = made(checkpoint=tmp_path)
+    second.fit(Rows(), epochs=2)
+    assert bits(*its_state) == reference
+
+
+def test_checkpoints_are_read_by_others(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    trainer, (model, optimizer, _) = made(checkpoint=tmp_path, keep=1)
+    trainer.fit(Rows(), epochs=1)
+    (path,) = newest(tmp_path)
+    assert path.name == "window-00000004"
+    weights = load_file(path / "model.safetensors")
+    assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
+    rest = torch.load(path / "training.pt", weights_only=True)
+    assert rest["optimizers"][0]["state"][0]["step"] == optimizer.state_dict()["state"][0]["step"]
+    assert sorted(os.listdir(tmp_path)) == [".lock", path.name]
+
+
+def damaged(path: Path) -> None:
+    with (path / "model.safetensors").open("r+b") as file:
+        file.truncate(100)
+
+
+def changed(path: Path) -> None:
+    with (path / "training.pt").open("r+b") as file:
+        file.seek(200)
+        file.write(b"\0\1\2\3")
+
+
+def other_format(path: Path) -> None:
+    about = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps({**about, "format": 99}))
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (damaged, "model.safetensors: not what was written"),
+        (changed, "training.pt: not what was written"),
+        (other_format, "of format 99"),
+        (lambda path: (path / "manifest.json").unlink(), "cannot be read"),
+    ],
+)
+def test_a_checkpoint_that_is_not_whole_is_refused_and_nothing_loaded(tmp_path: Path, harm: Any, said: str) -> None:
+    made(checkpoint=tmp_path)[0].fit(Rows(), epochs=1)
+    harm(newest(tmp_path)[0])
+    trainer, state = made(checkpoint=tmp_path)
+    before = fingerprint(*state)
+    with pytest.raises(CheckpointError, match=said):
+        trainer.fit(Rows(), epochs=2)
+    assert fingerprint(*state) == before
+
+
+def test_a_checkpoint_of_another_model_optimizer_or_kind_of_run_is_refused(tmp_path: Path) -> None:
+    made(checkpoint=tmp_path)[0].fit(Rows(), epochs=1)
+    trainer, state = made(hidden=9, checkpoint=tmp_path)
+    before = fingerprint(*state)
+    with pytest.raises(CheckpointError, match=r"of another model: 0.bias is float32\[8\], and float32\[9\] here"):
+        trainer.fit(Rows(), epochs=2)
+    assert fingerprint(*state) == before
+    model = made()[1][0]
+    some = torch.optim.AdamW([model[0].weight])
+    with pytest.raises(
+        CheckpointError, match=r"of other optimizers: parameters by group are \[\[6\]\], and \[\[1\]\] here"
+    ):
+        Trainer(model, some, nn.MSELoss(), micro_batch_size=3, checkpoint=tmp_path, progress=False).fit(Rows())
+    plain = torch.optim.AdamW(model.parameters())
+    with pytest.raises(CheckpointError, match=r"of a run with .*scheduler"):
+        Trainer(model, plain, nn.MSELoss(), micro_batch_size=3, checkpoint=tmp_path, progress=False).fit(Rows())
+
+
+def test_another_version_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made(checkpoint=tmp_path)[0].fit(Rows(), epochs=1)
+    monkeypatch.setattr("autobatch.training.checkpoint.__version__", "99")
+    with pytest.warns(AutobatchWarning, match="the run may go on with other bits"):
+        made(checkpoint=tmp_path)[0].fit(Rows(), epochs=2)
+
+
+def test_what_could_not_be_read_again_is_refused_before_training(tmp_path: Path) -> None:
+    trainer, (_, optimizer, _) = made(checkpoint=tmp_path)
+    optimizer.param_groups[0]["owner"] = Stop()
+    with pytest.raises(CheckpointError, match="would not be read again"):
+        trainer.fit(Rows())
+    assert newest(tmp_path) == []
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    def callback(event: Event) -> None:
+        if event.kind == "window" and event.windows == 1:
+            made(checkpoint=tmp_path)[0].fit(Rows())
+
+    with pytest.raises(InvalidArgumentError, match="a folder that no other run writes into"):
+        made(checkpoint=tmp_path, callbacks=[callback])[0].fit(Rows())
+    made(checkpoint=tmp_path)[0].fit(Rows())
+
+
+def test_tied_weights_and_what_a_module_keeps_besides(tmp_path: Path) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)
+            self.two.weight = self.one.weight
+            self.calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            out: Tensor = self.two(self.one(x))
+            return out[:, :2]
+
+        def get_extra_state(self) -> dict[str, int]:
+            return {"calls": self.calls}
+
+        def set_extra_state(self, state: dict[str, int]) -> None:
+            self.calls = state["calls"]
+
+    def trained(epochs: int) -> Tied:
+        torch.manual_seed(0)
+        model = Tied()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        Trainer(model, optimizer, nn.MSELoss(), micro_batch_size=5, checkpoint=tmp_path / "run", progress=False).fit(
+            Rows(), epochs=epochs
+        )
+        return model
+
+    calls = trained(1).calls
+    model = trained(2)
+    assert model.calls == 2 * calls
+    assert model.one.weight is model.two.weight
+
+
+def test_evaluation_is_the_mean_over_the_data_set_and_changes_nothing() -> None:
+    rows = Plain()
+    trainer, (model, optimizer, scheduler) = made(eval_batch_size=4)
+    before = fingerprint(model, optimizer, scheduler)
+    found = trainer.evaluate(rows, batch_size=5)
+    model.eval()
+    assert found.loss == pytest.approx(float(nn.functional.mse_loss(model(rows.x), rows.y)), rel=1e-6)
+    model.train()
+    assert (found.samples, found.terms) == (23, 23)
+    assert fingerprint(model, optimizer, scheduler) == before
+    assert all(module.training for module in model.modules())
+    report = trainer.fit(rows, epochs=2, eval_dataset=rows)
+    assert len(report.evaluations) == 2
+    assert report.evaluations[0].batch_size == 4
+
+
+def test_a_window_and_an_evaluation_that_run_out_go_on_smaller() -> None:
+    class Small(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            if len(x) > 2:
+                raise OUT
+            return super().forward(x)
+
+    events: list[Event] = []
+    model = Small(6, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = Trainer(
+        model,
+        optimizer,
+        nn.MSELoss(),
+        effective_batch_size=8,
+        micro_batch_size=8,
+        callbacks=[events.append],
+        progress=False,
+    )
+    report = trainer.fit(Plain(), epochs=1, eval_dataset=Plain())
+    assert report.micro_batch_size == 2
+    assert [event.recovery.next_micro_batch_size for event in events if event.recovery] == [4, 2]
+    assert report.evaluations[0].batch_size == 2
+    assert report.evaluations[0].samples == 23
+
+
+def test_the_scalars_of_a_run() -> None:
+    from autobatch.training.progress import ScalarLog
+
+    class Writer:
+        def __init__(self) -> None:
+            self.seen: list[tuple[str, int]] = []
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            assert isinstance(value, float)
+            self.seen.append((name, step))
+
+    writer = Writer()
+    made(callbacks=[ScalarLog(writer, every=2)])[0].fit(Rows(), eval_dataset=Rows())
+    assert [entry for entry in writer.seen if entry[0] == "train/loss"] == [("train/loss", 2), ("train/loss", 4)]
+    assert ("eval/loss", 4) in writer.seen
+    with pytest.raises(InvalidArgumentError, match="writer="):
+        ScalarLog(3)
+
+
+def test_lines_for_a_person(capsys: pytest.CaptureFixture[str]) -> None:
+    made(progress=True)[0].fit(Rows(), epochs=2, eval_dataset=Rows())
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    assert out == ""
+    assert lines[0] == "an optimizer step is 7 = 3 samples x 2 steps + 1 sample in a last step"
+    assert lines[1].startswith("epoch 1/2: loss ")
+    assert "micro-batch 3, effective 7" in lines[1]
+    assert lines[2].startswith("evaluation: loss ")
+
+
+class Stream(IterableDataset[Tensor]):
+    def __iter__(self) -> Any:
+        return iter(())
+
+
+@pytest.mark.parametrize(
+    ("change", "argument"),
+    [
+        ({"effective_batch_size": 0}, "effective_batch_size"),
+        ({"effective_batch_size": 2.5}, "effective_batch_size"),
+        ({"micro_batch_size": "most"}, "micro_batch_size"),
+        ({"eval_batch_size": 0}, "eval_batch_size"),
+        ({"checkpoint": 3}, "checkpoint"),
+        ({"checkpoint_every": 3}, "checkpoint_every"),
+        ({"seed": -1}, "seed"),
+        ({"workers": -1}, "workers"),
+        ({"keep": 0}, "keep"),
+        ({"callbacks": [3]}, "callbacks"),
+        ({"collate_fn": 3}, "collate_fn"),
+        ({"reduction": "none"}, "reduction"),
+        ({"noise": 3}, "noise"),
+        ({"find_options": 3}, "find_options"),
+    ],
+)
+def test_wrong_arguments_are_named(change: dict[str, Any], argument: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=rf"^{argument}"):
+        made(**change)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "said"), [(Stream(), "dataset='Stream'"), ([], "of no samples"), (3, "dataset='int'")]
+)
+def test_a_data_set_without_samples_by_number_is_refused(dataset: Any, said: str) -> None:
+    trainer, state = made()
+    before = fingerprint(*state)
+    with pytest.raises(InvalidArgumentError, match=said):
+        trainer.fit(dataset)
+    with pytest.raises(InvalidArgumentError, match="epochs=0"):
+        trainer.fit(Rows(), epochs=0)
+    assert fingerprint(*state) == before
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_training(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    trainer, state = made(checkpoint=tmp_path / "file" / "run")
+    before = fingerprint(*state)
+    with pytest.raises(InvalidArgumentError, match="checkpoint="):
+        trainer.fit(Rows())
+    assert fingerprint(*state) == before
+
+
+def test_a_folder_with_checkpoints_is_refused_where_none_is_to_be_gone_on_from(tmp_path: Path) -> None:
+    made(checkpoint=tmp_path)[0].fit(Rows())
+    with pytest.raises(InvalidArgumentError, match="a folder without checkpoints, or resume=True"):
+        made(checkpoint=tmp_path)[0].fit(Rows(), resume=False)
