@@ -61,9 +61,19 @@ class Feed:
         """Windows of an epoch."""
         return self.samples // self._most if self._drop_last else -(-self.samples // self._most)
 
+    @property
+    def order(self) -> dict[str, int]:
+        """What decides which samples a window of an epoch has."""
+        return {
+            "samples": self.samples,
+            "effective_batch_size": self._most,
+            "shuffle": int(self._shuffle),
+            "seed": self._seed,
+        }
+
     def epoch(self, epoch: int, start: int = 0) -> Iterator[list[Any]]:
         """The micro-batches of each window of ``epoch``, from window ``start`` on; none where a rank has no sample."""
-        order = self._order(epoch)
+        order = self._permutation(epoch)
         places = [(window, part) for window in range(start, self.windows) for part in self._parts(order, window)]
         loader: DataLoader[Any] = DataLoader(
             _Parts(self._dataset, self._collate, (self._seed, epoch, self._rank)),
@@ -79,7 +89,7 @@ class Feed:
                 batches = [next(loaded) for _ in self._parts(order, window)]
             yield batches
 
-    def _order(self, epoch: int) -> Sequence[int]:
+    def _permutation(self, epoch: int) -> Sequence[int]:
         if not self._shuffle:
             return range(self.samples)
         generator = torch.Generator().manual_seed(_number(self._seed, epoch))

@@ -56,8 +56,8 @@ class Saved:
             told = "; ".join(f"rank {rank} has {versions}" for rank, versions in enumerate(each))
             warnings.warn(f"the ranks run different versions: {told}", AutobatchWarning, stacklevel=4)
 
-    def write(self, folder: Path, position: Position, sizes: Sizes, *, keep: int) -> Path:
-        """Writes a checkpoint, on rank 0 alone; gives its folder."""
+    def write(self, folder: Path, position: Position, sizes: Sizes, order: Mapping[str, Any], *, keep: int) -> Path:
+        """Writes a checkpoint, on rank 0 alone; gives its folder. ``order`` is what decides how samples come."""
         chances = self._ranks.gather(_random_numbers(self._device))
         path = Path()
 
@@ -65,7 +65,7 @@ class Saved:
             nonlocal path
             if self._ranks.rank == 0:
                 weights = self._accumulator.module.state_dict()
-                rest = self._rest(position, sizes) | {"random": chances}
+                rest = self._rest(position, sizes) | {"random": chances, "order": dict(order)}
                 path = checkpoints.write(folder, self._accumulator.windows, weights, rest, keep=keep)
 
         self._ranks_agree(written)
@@ -121,6 +121,17 @@ class Saved:
             "noise": None if self._noise is None else self._noise.state_dict(),
             "accumulator": self._accumulator.state_dict(),
         }
+
+    def check_order(self, checkpoint: Checkpoint, order: Mapping[str, Any]) -> None:
+        """Raises CheckpointError where a run would go on amid an epoch whose samples come otherwise than they did."""
+        theirs, window = checkpoint.rest["order"], checkpoint.rest["position"]["window"]
+        changed = [name for name in order if theirs[name] != order[name]]
+        if window and changed:
+            said = ", ".join(f"{name} was {theirs[name]}, and is {order[name]}" for name in changed)
+            raise CheckpointError(
+                f"{checkpoint.path}: amid an epoch, after window {window}, where some samples would be seen twice or "
+                f"not at all: {said}"
+            )
 
     def _check(self, checkpoint: Checkpoint) -> None:
         checkpoints.check_same(checkpoint, self._accumulator.module.state_dict())

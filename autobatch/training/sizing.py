@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -55,22 +55,36 @@ class Sizes:
         return ", ".join(map(str, self.micro_batch_sizes))
 
 
-def sizes_of(
-    micro_batch_size: int,
-    *,
-    effective_batch_size: int | None,
-    eval_batch_size: int | None,
-    ranks: Ranks,
-    is_probed: bool,
-) -> Sizes:
-    """The sizes where each rank knows its own micro-batch."""
-    each = tuple(ranks.gather(micro_batch_size))
-    return Sizes(
-        micro_batch_sizes=each,
-        eval_batch_size=eval_batch_size or micro_batch_size,
-        effective_batch_size=effective_batch_size or sum(each),
-        is_probed=is_probed,
-    )
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What the user asked for; None and ``"auto"`` leave it to the run."""
+
+    effective_batch_size: int | None
+    micro_batch_size: int | Literal["auto"]
+    eval_batch_size: int | None
+
+    def share(self, ranks: Ranks) -> int | None:
+        """The most samples of a rank that a window takes; None without accumulation."""
+        return None if self.effective_batch_size is None else -(-self.effective_batch_size // ranks.size)
+
+    def of(self, micro_batch_size: int, ranks: Ranks, *, found: BatchSizeResult | None = None) -> Sizes:
+        """The sizes of a run whose ranks each know their own micro-batch, which the probe may have ``found``."""
+        each = tuple(ranks.gather(micro_batch_size))
+        of_evaluation = None if found is None else found.eval_batch_size
+        return Sizes(
+            micro_batch_sizes=each,
+            eval_batch_size=self.eval_batch_size or of_evaluation or micro_batch_size,
+            effective_batch_size=self.effective_batch_size or sum(each),
+            is_probed=found is not None,
+        )
+
+    def gone_on(self, known: Mapping[str, Any], ranks: Ranks) -> Sizes | None:
+        """The sizes that a run began with, and keeps, for they decide its bits; None with other ranks."""
+        each = tuple(known["micro_batch_sizes"])
+        effective = self.effective_batch_size or known["effective_batch_size"]
+        if len(each) != ranks.size:
+            return None
+        return Sizes(**{**known, "micro_batch_sizes": each, "effective_batch_size": effective})
 
 
 def probed(

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from autobatch.device.local import resolve_local
@@ -19,18 +16,18 @@ from autobatch.probe.search_arguments import check_count
 from autobatch.probe.workload_arguments import check_functions
 from autobatch.ranks import Ranks
 from autobatch.result import BatchSizeResult
-from autobatch.training import checkpoint as checkpoints
 from autobatch.training.accumulator import Accumulator
 from autobatch.training.arguments import check_folder, check_run
 from autobatch.training.evaluation import evaluate
 from autobatch.training.events import Callback, Evaluation, Event
 from autobatch.training.feed import Feed, count_samples
+from autobatch.training.folder import Folder
 from autobatch.training.loop import Loop, Position
 from autobatch.training.noise import NoiseScale
 from autobatch.training.progress import Display
 from autobatch.training.report import TrainingReport, epoch_line, headline, sizes_line
 from autobatch.training.saved import Saved
-from autobatch.training.sizing import Sizes, probed, sizes_of
+from autobatch.training.sizing import Sizes, Wanted, probed
 
 _NOISE_EVERY = 4  # windows: one in so many is enough for a figure of two digits, at a quarter of the time
 
@@ -145,13 +142,13 @@ class Trainer:
         self.model, self._loss_fn, self._reduction = model, loss_fn, reduction
         self._training = {"precision": precision, "scaler": scaler, "scheduler": scheduler}
         self._training |= {"max_grad_norm": max_grad_norm, "optimizer": optimizer}
-        self._effective, self._micro, self._eval = effective_batch_size, micro_batch_size, eval_batch_size
+        self._wanted = Wanted(effective_batch_size, micro_batch_size, eval_batch_size)
         self._collate, self._length, self._workers = collate_fn, length, workers
         self._seed, self._keep, self._every = seed, keep, checkpoint_every
         self._shuffle, self._drop_last = shuffle, drop_last
-        self._folder = None if checkpoint is None else Path(checkpoint)
         self._find_options = dict(find_options or {})
         self._ranks = Ranks.here()
+        self._folder = Folder(checkpoint, self._accumulator.agreed, is_writer=self._ranks.rank == 0)
         display = [Display()] if progress and self._ranks.rank == 0 else []
         self._callbacks: list[Callback] = [*display, *callbacks]
         self._display = display
@@ -177,12 +174,15 @@ class Trainer:
         count_samples(dataset)
         if eval_dataset is not None:
             count_samples(eval_dataset)
-        with self._locked():
+        with self._folder.locked():
             saved = self._saved()
-            found = self._accumulator.agreed(lambda: self._newest(resume))[0]
+            found = self._folder.newest(resume)
             loaded = None if found is None else saved.read(found)
             result, sizes = self._sizes(dataset, eval_dataset, None if loaded is None else loaded.rest["sizes"])
-            loop = self._made(dataset, eval_dataset, sizes, saved, epochs=epochs)
+            feed = self._feed(dataset, sizes)
+            if loaded is not None:
+                saved.check_order(loaded, feed.order)
+            loop = self._made(feed, eval_dataset, sizes, saved, epochs=epochs)
             if loaded is not None:
                 loop.position = saved.restore(loaded)
             try:
@@ -220,15 +220,16 @@ class Trainer:
         optimizers = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
         parts = {"scheduler": self._training["scheduler"], "scaler": self._training["scaler"]}
         saved = Saved(self._accumulator, optimizers, parts, self._noise, self._ranks)
-        if self._folder is not None:
+        if self._folder.path is not None:
             saved.check()
         return saved
 
-    def _made(self, dataset: Any, eval_dataset: Any, sizes: Sizes, saved: Saved, *, epochs: int) -> Loop:
-        if self._drop_last and count_samples(dataset) < sizes.effective_batch_size:
-            allowed = f"at most {count_samples(dataset)}, the samples there are"
+    def _feed(self, dataset: Any, sizes: Sizes) -> Feed:
+        samples = count_samples(dataset)
+        if self._drop_last and samples < sizes.effective_batch_size:
+            allowed = f"at most {samples}, the samples there are"
             raise InvalidArgumentError("effective_batch_size", sizes.effective_batch_size, allowed)
-        feed = Feed(
+        return Feed(
             dataset,
             effective_batch_size=sizes.effective_batch_size,
             micro_batch_sizes=sizes.micro_batch_sizes,
@@ -239,15 +240,17 @@ class Trainer:
             seed=self._seed,
             workers=self._workers,
         )
+
+    def _made(self, feed: Feed, eval_dataset: Any, sizes: Sizes, saved: Saved, *, epochs: int) -> Loop:
         self._accumulator.restart(sizes.micro_batch_sizes[self._ranks.rank])
-        folder, size = self._folder, sizes.eval_batch_size
+        folder, size = self._folder.path, sizes.eval_batch_size
         self._loop = Loop(
             self._accumulator,
             feed,
             self._ranks,
             epochs=epochs,
             evaluate=None if eval_dataset is None else lambda: self.evaluate(eval_dataset, batch_size=size),
-            save=None if folder is None else lambda at: saved.write(folder, at, sizes, keep=self._keep),
+            save=None if folder is None else lambda at: saved.write(folder, at, sizes, feed.order, keep=self._keep),
             save_every=self._every,
             tell=self._tell,
             summary=lambda at, speed: self._summary(at, speed, epochs, sizes),
@@ -257,16 +260,11 @@ class Trainer:
     def _sizes(
         self, dataset: Any, eval_dataset: Any, known: Mapping[str, Any] | None
     ) -> tuple[BatchSizeResult | None, Sizes]:
-        if known is not None and self._micro == "auto":
-            # The micro-batches of a run decide its bits: one that goes on keeps those it began with.
-            sizes = Sizes(**{**known, "micro_batch_sizes": tuple(known["micro_batch_sizes"])})
-            if len(sizes.micro_batch_sizes) == self._ranks.size:
-                return None, dataclasses.replace(
-                    sizes, effective_batch_size=self._effective or sizes.effective_batch_size
-                )
-        if self._micro != "auto":
-            return None, self._given(int(self._micro), self._eval, is_probed=False)
-        share = None if self._effective is None else -(-self._effective // self._ranks.size)
+        wanted = self._wanted
+        if wanted.micro_batch_size != "auto":
+            return None, wanted.of(wanted.micro_batch_size, self._ranks)
+        if known is not None and (sizes := wanted.gone_on(known, self._ranks)) is not None:
+            return None, sizes
         result = probed(
             self.model,
             dataset,
@@ -275,52 +273,11 @@ class Trainer:
             loss_fn=self._loss_fn,
             collate_fn=self._collate,
             length=self._length,
-            share=share,
+            share=wanted.share(self._ranks),
             training=self._training,
             options=self._find_options,
         )
-        return result, self._given(result.batch_size, self._eval or result.eval_batch_size, is_probed=True)
-
-    def _given(self, micro: int, of_evaluation: int | None, *, is_probed: bool) -> Sizes:
-        return sizes_of(
-            micro,
-            effective_batch_size=self._effective,
-            eval_batch_size=of_evaluation,
-            ranks=self._ranks,
-            is_probed=is_probed,
-        )
-
-    def _newest(self, resume: bool) -> Path | None:
-        found = [] if self._folder is None else checkpoints.newest(self._folder)
-        if found and not resume:
-            raise InvalidArgumentError("checkpoint", str(self._folder), "a folder without checkpoints, or resume=True")
-        return found[0] if found else None
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Keeps two runs from writing into one folder."""
-        locks: list[FileLock] = []
-        try:
-            self._accumulator.agreed(lambda: self._lock(locks))
-            yield
-        finally:
-            for lock in locks:
-                lock.release()
-
-    def _lock(self, locks: list[FileLock]) -> None:
-        if self._folder is None or self._ranks.rank:
-            return
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self._folder / ".lock", timeout=0)
-            lock.acquire()
-        except Timeout:
-            allowed = "a folder that no other run writes into"
-            raise InvalidArgumentError("checkpoint", str(self._folder), allowed) from None
-        except OSError as exc:
-            allowed = f"a folder that can be written ({exc.strerror})"
-            raise InvalidArgumentError("checkpoint", str(self._folder), allowed) from exc
-        locks.append(lock)
+        return result, wanted.of(result.batch_size, self._ranks, found=result)
 
     def _tell(self, event: Event) -> None:
         for callback in self._callbacks:

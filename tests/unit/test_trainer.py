@@ -262,6 +262,29 @@ def test_a_checkpoint_of_another_model_optimizer_or_kind_of_run_is_refused(tmp_p
         Trainer(model, plain, nn.MSELoss(), micro_batch_size=3, checkpoint=tmp_path, progress=False).fit(Rows())
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"effective_batch_size": 5}, "effective_batch_size was 7, and is 5"),
+        ({"seed": 3}, "seed was 0, and is 3"),
+        ({"shuffle": False}, "shuffle was 1, and is 0"),
+    ],
+)
+def test_another_order_is_refused_amid_an_epoch_and_taken_after_one(
+    tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    first, _ = made(checkpoint=tmp_path, checkpoint_every=1, callbacks=[stopped_after(3)])
+    with pytest.raises(Stop):
+        first.fit(Rows(), epochs=2)
+    trainer, state = made(checkpoint=tmp_path, **change)
+    before = fingerprint(*state)
+    with pytest.raises(CheckpointError, match=f"amid an epoch, after window 2, .*: {said}"):
+        trainer.fit(Rows(), epochs=2)
+    assert fingerprint(*state) == before
+    made(checkpoint=tmp_path)[0].fit(Rows(), epochs=1)
+    assert made(checkpoint=tmp_path, **change)[0].fit(Rows(), epochs=2).epochs == 2
+
+
 def test_another_version_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made(checkpoint=tmp_path)[0].fit(Rows(), epochs=1)
     monkeypatch.setattr("autobatch.training.checkpoint.__version__", "99")
