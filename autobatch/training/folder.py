@@ -24,9 +24,7 @@ class Folder:
         is_writer: whether this rank is the one that writes.
     """
 
-    def __init__(
-        self, path: str | Path | None, agreed: Callable[[Callable[[], Any]], list[Any]], is_writer: bool
-    ) -> None:
+    def __init__(self, path: str | Path | None, agreed: Agreed, is_writer: bool) -> None:
         self.path = None if path is None else Path(path)
         self._agreed, self._is_writer = agreed, is_writer
 
