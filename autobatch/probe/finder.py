@@ -16,7 +16,7 @@ from autobatch.probe.agreement import Agreement
 from autobatch.probe.cache import ResultCache, open_cache
 from autobatch.probe.command import Command
 from autobatch.probe.command_executor import CommandExecutor
-from autobatch.probe.executor import Executor, LocalExecutor
+from autobatch.probe.executor import Executor, LocalExecutor, Setting
 from autobatch.probe.guess import WITHIN_S, twin_of, virtual_guess
 from autobatch.probe.inquiry import FRESH_AT_THE_EDGE, SHUFFLES, SHUFFLES_AT_THE_EDGE, Inquiry, capacity, least
 from autobatch.probe.isolation import ForkExecutor
@@ -172,26 +172,16 @@ def _found(
     question: _Question, place: Device, executor: Executor, agreed: Agreement, together: Agreement
 ) -> BatchSizeResult:
     """What the search says, or the cache."""
-    source, limit_bytes, headroom = question.source, question.limit_bytes, question.headroom
+    source, limit_bytes = question.source, question.limit_bytes
     own = agreed.ask("the workload", executor.setting)[agreed.ranks.rank]
-    budget_bytes, capacity_bytes = least(own.budget_bytes, limit_bytes), capacity(own, limit_bytes, headroom)
-    inquiry = Inquiry(
-        executor=executor,
-        setting=agreed.setting(own, budget_bytes),
-        steps=question.steps,
-        shuffles=SHUFFLES if headroom else SHUFFLES_AT_THE_EDGE,
-        fresh=max(agreed.exchange("fresh starts", _fresh_starts(place, headroom))),
-        capacity_bytes=capacity_bytes,
-        least_capacity_bytes=least(*agreed.exchange("the capacity", capacity_bytes)),
-        is_restricted=headroom > 0 or limit_bytes is not None or not place.ends_by_itself,
-        on_trial=question.on_trial,
-        clock=agreed.clock,
-    )
+    inquiry = _inquiry(question, place, executor, own, agreed)
     if together.ranks.are_several and isinstance(executor, (LocalExecutor, ForkExecutor)):
         inquiry.look(question.first_size)
     options = {**question.identity, "isolated": not isinstance(executor, LocalExecutor)}
     answers = None if agreed.ranks.are_several else question.answers
-    recall = Recall(answers, executor, own, budget_bytes, start=question.rounding["start"], options=options)
+    recall = Recall(
+        answers, executor, own, least(own.budget_bytes, limit_bytes), start=question.rounding["start"], options=options
+    )
     about_limit = limit_notes(limit_bytes, own.budget_bytes, own.environment)
     if (known := recall.answer(inquiry.check)) is not None:
         notes = (*known.notes, *about_limit)
@@ -201,13 +191,31 @@ def _found(
         guess, said = agreed.by_narrowest("a first guess", lambda: _guess(question, place, inquiry))
         recall.notes += [said] if said else []
     answer = inquiry.search(question.rounding | question.limits, first_guess=guess)
-    result = inquiry.result(answer, headroom, limit_bytes, time.monotonic() - question.started_s)
+    result = inquiry.result(answer, question.headroom, limit_bytes, time.monotonic() - question.started_s)
     if isinstance(executor, CommandExecutor):
         result = executor.completed(result)
     if isinstance(executor, LocalExecutor) and isinstance(source, Workload) and not source.stateful:
         result = replace(result, notes=(*result.notes, NOT_RESTORED))
     recall.keep(result)
     return replace(result, notes=(*result.notes, *recall.notes, *about_limit))
+
+
+def _inquiry(question: _Question, place: Device, executor: Executor, own: Setting, agreed: Agreement) -> Inquiry:
+    """The question at this place: each rank's trials may have what it has itself, and all know what the least is."""
+    limit_bytes, headroom = question.limit_bytes, question.headroom
+    capacity_bytes = capacity(own, limit_bytes, headroom)
+    return Inquiry(
+        executor=executor,
+        setting=agreed.setting(own, least(own.budget_bytes, limit_bytes)),
+        steps=question.steps,
+        shuffles=SHUFFLES if headroom else SHUFFLES_AT_THE_EDGE,
+        fresh=max(agreed.exchange("fresh starts", _fresh_starts(place, headroom))),
+        capacity_bytes=capacity_bytes,
+        least_capacity_bytes=least(*agreed.exchange("the capacity", capacity_bytes)),
+        is_restricted=headroom > 0 or limit_bytes is not None or not place.ends_by_itself,
+        on_trial=question.on_trial,
+        clock=agreed.clock,
+    )
 
 
 def _guess(question: _Question, place: Device, inquiry: Inquiry) -> tuple[int | None, str]:
