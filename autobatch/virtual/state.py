@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 STATE_VARIABLE = "AUTOBATCH_VIRTUAL_STATE"
 """Names the file. The driver reads the cards of the machine from it."""
-STATE_VERSION = 1
+STATE_VERSION = 2
 MAX_CARDS = 64
 _MAGIC = b"abvgpu\r\n"
 _MAX_ENTRIES = 4096
@@ -62,7 +62,7 @@ class _State(ctypes.Structure):
         ("version", ctypes.c_uint32),
         ("card_count", ctypes.c_uint32),
         ("entry_count", ctypes.c_uint32),
-        ("unused", ctypes.c_uint32),
+        ("fail_count", ctypes.c_uint32),
         ("fail_allocation", ctypes.c_int64),
         ("allocations", ctypes.c_int64),
         ("lock", ctypes.c_char * 64),
@@ -115,7 +115,8 @@ def create_state(path: Path, cards: Sequence[Card], *, fail_allocation: int | No
         raise InvalidArgumentError("fail_allocation", fail_allocation, "a number from 1 on, or None")
     if sys.platform != "linux":
         raise DeviceNotFoundError(f"virtual GPUs need Linux, and this is {sys.platform}")
-    state = _State(magic=_MAGIC, version=STATE_VERSION, card_count=len(cards), fail_allocation=fail_allocation or 0)
+    state = _State(magic=_MAGIC, version=STATE_VERSION, card_count=len(cards))
+    state.fail_allocation, state.fail_count = fail_allocation or 0, 1
     for place, card in zip(state.cards, cards, strict=False):
         _fill(place, card)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
@@ -129,6 +130,26 @@ def create_state(path: Path, cards: Sequence[Card], *, fail_allocation: int | No
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def refuse_allocations(path: Path, after: int, count: int = 1) -> None:
+    """Tells the driver of a living machine to refuse ``count`` allocations in a row, once ``after`` more were made.
+
+    torch frees its cache and tries once more where one is refused: two in a row are an out-of-memory error.
+
+    Raises:
+        InvalidArgumentError: if ``after`` is below 0 or ``count`` below 1.
+    """
+    for name, number, least in (("after", after, 0), ("count", count, 1)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < least:
+            raise InvalidArgumentError(name, number, f"a whole number from {least} on")
+    with path.open("r+b") as stream, mmap.mmap(stream.fileno(), ctypes.sizeof(_State)) as mapped:
+        state = _State.from_buffer(mapped)
+        # The count goes first: a driver that looks in between then refuses nothing yet.
+        state.fail_allocation = 0
+        state.fail_count = count
+        state.fail_allocation = state.allocations + after + 1
+        del state  # it holds the map open
 
 
 def read_state(path: Path) -> tuple[CardState, ...]:

@@ -174,6 +174,19 @@ def test_the_chosen_allocation_fails_and_no_other(tmp_path):
     assert run(machine, "print([malloc(1)[0] for _ in range(5)])") == f"[0, 0, {OUT_OF_MEMORY}, 0, 0]\n"
 
 
+def test_so_many_allocations_in_a_row_fail_from_now_on(machine):
+    code = """
+import os
+from pathlib import Path
+from autobatch.virtual.state import STATE_VARIABLE
+from autobatch.virtual.state import refuse_allocations
+print([malloc(1)[0] for _ in range(3)])
+refuse_allocations(Path(os.environ[STATE_VARIABLE]), 1, count=2)
+print([malloc(1)[0] for _ in range(5)])
+"""
+    assert run(machine, code) == f"[0, 0, 0]\n[0, {OUT_OF_MEMORY}, {OUT_OF_MEMORY}, 0, 0]\n"
+
+
 def test_addresses_fall_and_are_used_again_when_the_range_ends(machine):
     code = """
 import resource

@@ -11,7 +11,7 @@ from autobatch.errors import DeviceNotFoundError, DeviceQueryError, InvalidArgum
 from autobatch.units import GIB, MIB
 from autobatch.virtual import build, state
 from autobatch.virtual.catalog import Card
-from autobatch.virtual.state import create_state, read_state
+from autobatch.virtual.state import create_state, read_state, refuse_allocations
 
 DRIVER = Path(build.__file__).with_name("driver")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="virtual GPUs need Linux")
@@ -76,6 +76,10 @@ def test_cards_that_cannot_be(tmp_path, changes):
 def test_allocations_are_counted_from_one(tmp_path):
     with pytest.raises(InvalidArgumentError, match="fail_allocation=0"):
         create_state(tmp_path / "state", [card()], fail_allocation=0)
+    create_state(tmp_path / "state", [card()])
+    for wrong in ({"after": -1}, {"after": 0.5}, {"after": 1, "count": 0}):
+        with pytest.raises(InvalidArgumentError, match=f"{list(wrong)[-1]}="):
+            refuse_allocations(tmp_path / "state", **wrong)
 
 
 def test_other_platforms_are_named(tmp_path, monkeypatch):

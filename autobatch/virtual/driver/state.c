@@ -135,7 +135,8 @@ int state_join(struct state *state, uint32_t card, struct state_entry **entry) {
 int state_take(struct state *state, struct state_entry *entry, uint64_t bytes) {
   lock(state);
   reap(state);
-  int told_to_fail = ++state->allocations == state->fail_allocation;
+  int64_t first = state->fail_allocation, number = ++state->allocations;
+  int told_to_fail = first && number >= first && number < first + state->fail_count;
   uint64_t total = state->cards[entry->card].total_bytes, taken = used(state, entry->card);
   int fits = !told_to_fail && taken <= total && bytes <= total - taken;
   if (fits) {

@@ -10,7 +10,7 @@
 #include <stdint.h>
 
 #define STATE_MAGIC "abvgpu\r\n"
-#define STATE_VERSION 1
+#define STATE_VERSION 2
 #define STATE_VARIABLE "AUTOBATCH_VIRTUAL_STATE"
 #define MAX_CARDS 64
 #define MAX_ENTRIES 4096
@@ -43,7 +43,7 @@ struct state {
   uint32_t version;
   uint32_t card_count;
   uint32_t entry_count;  // places in use or used before; the rest were never touched
-  uint32_t unused;
+  uint32_t fail_count;   // how many in a row are refused from there on
   int64_t fail_allocation;  // refuse the allocation with this number, counted from 1 over all processes; 0 for none
   int64_t allocations;
   union {
