@@ -58,7 +58,8 @@ class Accumulator:
             the model returns the loss itself, as in :class:`~autobatch.Workload`.
         micro_batch_size: the most samples that are run at once, such as the ``batch_size`` that ``find`` answered.
         count: ``count(batch)`` is the number of terms that the loss is a mean over; samples if not given. For a model
-            of transformers that shifts its labels, ``lambda batch: (batch["labels"][:, 1:] != -100).sum()``.
+            of transformers that shifts its labels, ``lambda batch: (batch["labels"][:, 1:] != -100).sum()``; for a loss
+            with class weights ``lambda batch: weights[batch[1]].sum()``, for it is a mean over those.
         reduction: what ``loss_fn`` does over the terms: ``"mean"`` or ``"sum"``.
         precision: ``"bf16"`` or ``"fp16"`` for autocast; fp16 needs a ``scaler``.
         scaler: the GradScaler, which scales the losses and steps the optimizers.
@@ -96,6 +97,7 @@ class Accumulator:
         check_functions(loss_fn=loss_fn, count=count, on_recovery=on_recovery)
         check_options(precision=precision, max_grad_norm=max_grad_norm)
         _check_choices(micro_batch_size, grow_after, reduction, precision, scaler)
+        _check_its_own(model, loss_fn, optimizers)
         self.model, self._noise, self._reduction = model, noise, reduction
         self._together = Together(model)
         self._update = Update(model, optimizers, scaler=scaler, scheduler=scheduler, max_grad_norm=max_grad_norm)
@@ -244,6 +246,17 @@ def _check_objects(model: Any, optimizers: Sequence[Any], scheduler: Any, scaler
         )
     if noise is not None and not hasattr(noise, "micro_batch"):
         raise InvalidArgumentError("noise", noise, "an autobatch.NoiseScale, or None")
+
+
+def _check_its_own(model: nn.Module, loss_fn: Any, optimizers: Sequence[Any]) -> None:
+    """An optimizer that was made before the model was copied, or replaced, would train nothing."""
+    modules = [model, *([loss_fn] if isinstance(loss_fn, nn.Module) else [])]
+    own = {id(parameter) for module in modules for parameter in module.parameters()}
+    for optimizer in optimizers:
+        theirs = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if theirs and not theirs & own:
+            said = f"{type(optimizer).__name__} of parameters that the model does not have"
+            raise InvalidArgumentError("optimizer", said, "one of the model's own parameters")
 
 
 def _check_choices(micro_batch_size: Any, grow_after: Any, reduction: Any, precision: str | None, scaler: Any) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from autobatch.errors import InvalidArgumentError
+from autobatch.probe.finder import find
 from autobatch.probe.search_arguments import check_count
 
 
@@ -35,3 +37,26 @@ def check_folder(checkpoint: Any, checkpoint_every: Any) -> None:
         raise InvalidArgumentError("checkpoint", checkpoint, "a folder, or None")
     if checkpoint is None and checkpoint_every is not None:
         raise InvalidArgumentError("checkpoint_every", checkpoint_every, "left out unless checkpoint names a folder")
+
+
+def check_find_options(options: Any) -> None:
+    """Raises InvalidArgumentError unless ``options`` are arguments of ``find`` that a run leaves open."""
+    own = {"workload", "device", "state", "on_trial"}
+    known = sorted(set(inspect.signature(find).parameters) - own)
+    if options is not None and not isinstance(options, Mapping):
+        raise InvalidArgumentError("find_options", options, "a dict of arguments of autobatch.find, or None")
+    for name in options or {}:
+        if name not in known:
+            raise InvalidArgumentError("find_options", f"with {name!r}", f"a dict with {', '.join(known)}")
+
+
+def check_extra_state(extra_state: Any) -> None:
+    """Raises InvalidArgumentError unless ``extra_state`` are objects that a checkpoint can hold, by name."""
+    if extra_state is not None and not isinstance(extra_state, Mapping):
+        raise InvalidArgumentError("extra_state", extra_state, "a dict of objects by name, or None")
+    for name, item in (extra_state or {}).items():
+        if not hasattr(item, "state_dict") or not hasattr(item, "load_state_dict"):
+            allowed = "objects with state_dict() and load_state_dict()"
+            raise InvalidArgumentError(f"extra_state[{name!r}]", type(item).__name__, allowed)
+        if name in ("scheduler", "scaler", "loss_fn"):
+            raise InvalidArgumentError("extra_state", name, "another name: the run has a part of this one")

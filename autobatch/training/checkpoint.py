@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -82,8 +83,10 @@ def write(folder: Path, window: int, weights: Mapping[str, Any], rest: Mapping[s
         _remove([path])  # of this very window, from a run that went on before it
         unfinished.rename(path)
         _sync([folder])
-    except OSError as exc:
-        raise CheckpointError(f"{path}: cannot be written: {exc}") from exc
+    except (OSError, RuntimeError, SafetensorError) as exc:  # a disk that is full is any of them
+        shutil.rmtree(unfinished, ignore_errors=True)
+        said = str(exc).partition("\n")[0]
+        raise CheckpointError(f"{path}: cannot be written: {said}") from exc
     _remove(newest(folder)[keep:])
     return path
 
@@ -106,7 +109,9 @@ def read(path: Path) -> Checkpoint:
             raise CheckpointError(f"{path}: of format {about['format']}, where this version reads {FORMAT}")
         for name, digest in about["files"].items():
             if _digest(path / name) != digest:
-                raise CheckpointError(f"{path / name}: not what was written; an older checkpoint may be whole")
+                raise CheckpointError(
+                    f"{path / name}: not what was written; without this folder, a run goes on from the one before"
+                )
         weights = load_file(path / WEIGHTS)
         rest = torch.load(path / REST, map_location="cpu", weights_only=True)
     except CheckpointError:

@@ -10,8 +10,10 @@ from torch.utils.data import DataLoader, Subset, default_collate
 
 from autobatch.device.oom import Tier, classify, first_line
 from autobatch.errors import DoesNotFitError, InvalidArgumentError
+from autobatch.probe.random_numbers import random_states
 from autobatch.ranks import Ranks
 from autobatch.training.events import Evaluation
+from autobatch.training.feed import heed_no_sigterm
 from autobatch.training.passes import Passes
 from autobatch.training.recovery import forget
 from autobatch.training.split import micro_batches, samples_of
@@ -43,8 +45,11 @@ def evaluate(
     """
     if in_step and len(dataset) < ranks.size:
         raise InvalidArgumentError("dataset", f"{len(dataset)} samples", f"one for each of {ranks.size} ranks, or more")
-    training = [module for module in passes.model.modules() if module.training]
-    passes.model.eval()
+    modules = [part for module in passes.modules for part in module.modules()]
+    training = [module for module in modules if module.training]
+    chances = random_states(str(passes.device))
+    for module in passes.modules:
+        module.eval()
     try:
         size, sums = batch_size, [0.0, 0.0, 0.0]
         mine = range(ranks.rank, len(dataset), ranks.size)
@@ -54,6 +59,7 @@ def evaluate(
             collate_fn=collate_fn or default_collate,
             num_workers=workers,
             generator=torch.Generator(),
+            worker_init_fn=heed_no_sigterm,
         )
         most = max(ranks.gather(len(loader)))
         with torch.no_grad():
@@ -65,6 +71,8 @@ def evaluate(
     finally:
         for module in training:
             module.training = True
+        for put_back, state in chances:  # what is drawn to evaluate is not to change how training goes on
+            put_back(state)
     loss, terms, samples = ranks.sums(sums)
     mean = loss / terms if terms else float("nan")
     return Evaluation(loss=mean, samples=int(samples), terms=terms, batch_size=size)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import random
+import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -81,6 +82,7 @@ class Feed:
             sampler=[(window, *part) for window, part in places],
             num_workers=self._workers,
             collate_fn=_as_it_is,
+            worker_init_fn=heed_no_sigterm,
             generator=torch.Generator(),  # else it would draw from the numbers that training draws from
         )
         loaded = iter(loader)
@@ -124,7 +126,7 @@ def count_samples(dataset: Any) -> int:
         InvalidArgumentError: if it is no data set with a length and samples by number, or is empty.
     """
     allowed = "a data set with a length and samples by number"
-    if isinstance(dataset, (IterableDataset, DataLoader)) or not hasattr(dataset, "__getitem__"):
+    if isinstance(dataset, (IterableDataset, DataLoader, Mapping)) or not hasattr(dataset, "__getitem__"):
         raise InvalidArgumentError("dataset", type(dataset).__name__, allowed)
     try:
         samples = len(dataset)
@@ -157,6 +159,11 @@ def _kept() -> Iterator[None]:
 def _number(*parts: int) -> int:
     """A number for a place in the run, with nothing in common with those of its neighbours."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")
+
+
+def heed_no_sigterm(worker: int) -> None:
+    """For a process that loads samples: SIGTERM often comes to the whole group, and the run itself heeds it."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -90,25 +90,33 @@ class Loop:
     def _epoch(self) -> None:
         position = self.position
         self._since_s, self._samples_before = time.perf_counter(), position.samples
-        for batches in self._feed.epoch(position.epoch, position.window):
-            self._add(self._accumulator.step(*batches))
-            is_last = position.window == self._feed.windows
-            stop = self._is_stopping()
-            if not is_last and (stop or (self._save_every and self._accumulator.windows % self._save_every == 0)):
-                self._checkpoint()
-            if stop and not is_last:
-                self._stop()
-        loss = position.loss
-        position.losses.append(float("nan") if loss is None else float(loss))
-        self._event("epoch", text=self._summary(position, self._speed()))
+        if position.window < self._feed.windows:
+            self._windows()
+            loss = position.loss
+            position.losses.append(float("nan") if loss is None else float(loss))
+            self._event("epoch", text=self._summary(position, self._speed()))
         if self._evaluate is not None:
-            position.evaluations.append(self._evaluate())
+            self._checkpoint()  # an evaluation may take long, or fail
+            with self._stopping.at_once():
+                position.evaluations.append(self._evaluate())
             found = position.evaluations[-1]
             self._event("evaluated", evaluation=found, text=f"evaluation: loss {found.loss:.4g}")
         self.position = Position(epoch=position.epoch + 1, losses=position.losses, evaluations=position.evaluations)
         self._checkpoint()
         if self._is_stopping() and self.position.epoch < self._epochs:
             self._stop()
+
+    def _windows(self) -> None:
+        position = self.position
+        for batches in self._feed.epoch(position.epoch, position.window):
+            self._add(self._accumulator.step(*batches))
+            if position.window == self._feed.windows:
+                return  # the epoch's end has a checkpoint of its own
+            stop = self._is_stopping()
+            if stop or (self._save_every and self._accumulator.windows % self._save_every == 0):
+                self._checkpoint()
+            if stop:
+                self._stop()
 
     def _add(self, window: Window) -> None:
         position = self.position

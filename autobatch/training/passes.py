@@ -64,6 +64,12 @@ class Passes:
         return torch.device("cpu") if first is None else first.device
 
     @property
+    def devices(self) -> list[torch.device]:
+        """Every device that the model has parameters or buffers on."""
+        found = {tensor.device for tensor in (*self.model.parameters(), *self.model.buffers())}
+        return sorted(found or {self.device}, key=str)
+
+    @property
     def modules(self) -> Sequence[nn.Module]:
         return [self.model, *([self.loss_fn] if isinstance(self.loss_fn, nn.Module) else [])]
 
@@ -71,7 +77,11 @@ class Passes:
         """``batch`` with its loss terms."""
         if self._count is None:
             return MicroBatch(batch, samples_of(batch))
-        terms = float(self._count(batch))
+        told = self._count(batch)
+        if isinstance(told, Tensor) and told.numel() != 1:
+            shape = f"a tensor of shape {tuple(told.shape)}"
+            raise InvalidArgumentError("count", f"a function that returns {shape}", "one that returns one number")
+        terms = float(told)
         if not 0 <= terms < math.inf:
             raise InvalidArgumentError(
                 "count", f"a function that returns {terms}", "one that returns a number from 0 on"
@@ -100,7 +110,7 @@ class Passes:
             with self._watched(part.terms, terms, scale) if watched else contextlib.nullcontext():
                 update.backward(loss if self._factor == 1.0 else loss * self._factor)
             if part.terms:
-                total = total + loss.detach()
+                total = total + loss.detach().to(total.device)
         return total
 
     def _watched(self, own: float, terms: float, scale: float) -> contextlib.AbstractContextManager[Any]:

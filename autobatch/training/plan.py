@@ -17,21 +17,33 @@ class AccumulationPlan:
     micro_batch_size: int
     """Samples that a rank takes at once."""
     steps: int
-    """Micro-batches of a rank in an optimizer step; the last of them is smaller where there is a remainder."""
+    """Micro-batches of a rank in an optimizer step, alike to one sample."""
     remainder: int
-    """Samples, over all ranks, in a last step that is smaller than the others; 0 where all are alike."""
+    """Samples, over all ranks, that would be left for a last step if the others were full; 0 where all are alike."""
     world_size: int
     """Ranks."""
 
     def __str__(self) -> str:
-        full = self.steps - bool(self.remainder)
-        factors = [_count(self.micro_batch_size, "sample"), _count(full, "step")]
-        if self.world_size > 1:
-            factors.append(f"{self.world_size} ranks")
-        terms = [" x ".join(factors)] if full else []
-        if self.remainder:
-            terms.append(f"{_count(self.remainder, 'sample')} in {'a last step' if full else 'one step'}")
-        return f"{self.effective_batch_size} = {' + '.join(terms)}"
+        share, uneven = divmod(self.effective_batch_size, self.world_size)
+        if uneven:
+            most = _count(self.steps, "step")
+            return (
+                f"{self.effective_batch_size} = {self.world_size} ranks of {share} or {share + 1} samples, "
+                f"each in at most {most} of at most {self.micro_batch_size}"
+            )
+        terms = self._terms(share)
+        if self.world_size == 1:
+            return f"{self.effective_batch_size} = {terms}"
+        terms = f"({terms})" if " + " in terms else terms
+        return f"{self.effective_batch_size} = {terms} x {self.world_size} ranks"
+
+    def _terms(self, samples: int) -> str:
+        """A rank's samples in micro-batches that are alike to one sample, as they are run."""
+        small, larger = divmod(samples, self.steps)
+        counts = {small + 1: larger, small: self.steps - larger}
+        return " + ".join(
+            f"{_count(size, 'sample')} x {_count(steps, 'step')}" for size, steps in counts.items() if size and steps
+        )
 
 
 def _count(number: int, noun: str) -> str:

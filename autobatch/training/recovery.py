@@ -38,8 +38,8 @@ class Snapshot:
     The copies are on the host, where they take nothing of what a step needs.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], device: torch.device) -> None:
-        self._random = random_states(str(device))
+    def __init__(self, modules: Iterable[nn.Module], devices: Iterable[torch.device]) -> None:
+        self._random = [state for device in devices for state in random_states(str(device))]
         memento = Memento()
         parts = [part for module in modules for part in module.modules()]
         generators = [item for part in parts for item in vars(part).values() if isinstance(item, torch.Generator)]

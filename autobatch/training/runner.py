@@ -64,6 +64,7 @@ class Runner:
     ) -> None:
         self._passes, self._update, self._together = passes, update, together
         self._grow_after, self._on_recovery = grow_after, on_recovery
+        self._devices = passes.devices  # asked once: a large model has thousands of parameters
         self.micro_batch_size = self._most = micro_batch_size
         self.windows = 0
         """How many are done."""
@@ -99,13 +100,13 @@ class Runner:
     def _snapshot(self) -> Snapshot:
         failure = None
         try:
-            return Snapshot(self._passes.modules, self._passes.device)
+            return Snapshot(self._passes.modules, self._devices)
         except Exception as exc:  # noqa: BLE001 - classified below
             failure = exc
         if classify(failure) is not Tier.DEFINITE:
             raise failure
         forget(failure, self._passes.device)  # what is cached may be enough
-        return Snapshot(self._passes.modules, self._passes.device)
+        return Snapshot(self._passes.modules, self._devices)
 
     def _attempt(self, batches: Sequence[Any], snapshot: Snapshot) -> Ran | None:
         """The window, with its gradients there. None if memory ran out on a rank and less is to be tried: then

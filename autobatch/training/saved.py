@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from autobatch.errors import AutobatchWarning, CheckpointError, RankError
 from autobatch.ranks import Ranks
@@ -19,6 +20,7 @@ from autobatch.training.accumulator import Accumulator
 from autobatch.training.checkpoint import Checkpoint
 from autobatch.training.events import Evaluation
 from autobatch.training.loop import Position
+from autobatch.training.module_state import set_unsaved_state, unsaved_state
 from autobatch.training.noise import NoiseScale
 from autobatch.training.sizing import Sizes
 
@@ -58,7 +60,7 @@ class Saved:
 
     def write(self, folder: Path, position: Position, sizes: Sizes, order: Mapping[str, Any], *, keep: int) -> Path:
         """Writes a checkpoint, on rank 0 alone; gives its folder. ``order`` is what decides how samples come."""
-        chances = self._ranks.gather(_random_numbers(self._device))
+        chances = self._ranks.gather(_random_numbers(self._accumulator.passes.devices))
         path = Path()
 
         def written() -> None:
@@ -97,6 +99,7 @@ class Saved:
             optimizer.load_state_dict(state)
         for name, part in self._parts.items():
             part.load_state_dict(rest["parts"][name])
+        set_unsaved_state(self._modules, rest["unsaved"])
         if self._noise is not None and rest["noise"] is not None:
             self._noise.load_state_dict(rest["noise"])
         self._accumulator.load_state_dict(rest["accumulator"])
@@ -105,21 +108,33 @@ class Saved:
             position["loss_sum"] = position["loss_sum"].to(self._device)
         position["evaluations"] = [Evaluation(**found) for found in position["evaluations"]]
         if self._ranks.rank < len(rest["random"]):
-            _set_random_numbers(rest["random"][self._ranks.rank], self._device)
+            _set_random_numbers(rest["random"][self._ranks.rank])
         return Position(**position)
+
+    @property
+    def _modules(self) -> list[nn.Module]:
+        return [self._accumulator.module, *self._accumulator.passes.modules[1:]]
 
     @property
     def _device(self) -> torch.device:
         return self._accumulator.passes.device
 
+    @property
+    def _kinds(self) -> list[str]:
+        """What holds the state: that of one kind is nothing to another."""
+        parts = [f"{name} {type(part).__name__}" for name, part in sorted(self._parts.items())]
+        return [*(type(optimizer).__name__ for optimizer in self._optimizers), *parts]
+
     def _rest(self, position: Position, sizes: Sizes) -> dict[str, Any]:
         return {
             "position": dataclasses.asdict(position),
             "sizes": dataclasses.asdict(sizes),
+            "kinds": self._kinds,
             "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
             "parts": {name: part.state_dict() for name, part in self._parts.items()},
             "noise": None if self._noise is None else self._noise.state_dict(),
             "accumulator": self._accumulator.state_dict(),
+            "unsaved": unsaved_state(self._modules),
         }
 
     def check_order(self, checkpoint: Checkpoint, order: Mapping[str, Any]) -> None:
@@ -140,8 +155,8 @@ class Saved:
         if theirs != ours:
             said = f"of other optimizers: parameters by group are {theirs}, and {ours} here"
             raise CheckpointError(f"{checkpoint.path}: {said}")
-        if set(checkpoint.rest["parts"]) != set(self._parts):
-            said = f"of a run with {sorted(checkpoint.rest['parts'])}, where this has {sorted(self._parts)}"
+        if checkpoint.rest["kinds"] != self._kinds:
+            said = f"of a run with {', '.join(checkpoint.rest['kinds'])}, where this has {', '.join(self._kinds)}"
             raise CheckpointError(f"{checkpoint.path}: {said}")
 
     def _ranks_agree(self, function: Any) -> None:
@@ -152,27 +167,30 @@ def _shape(groups: Sequence[Mapping[str, Any]]) -> list[int]:
     return [len(group["params"]) for group in groups]
 
 
-def _random_numbers(device: torch.device) -> dict[str, Any]:
+def _random_numbers(devices: Sequence[torch.device]) -> dict[str, Any]:
     """The state of each generator, in tensors and numbers."""
     version, numbers, gauss = random.getstate()
     states: dict[str, Any] = {"python": [version, list(numbers), gauss], "torch": torch.get_rng_state()}
     if numpy := sys.modules.get("numpy"):
         name, keys, *others = numpy.random.get_state()
         states["numpy"] = [name, keys.tolist(), *others]
-    if (module := _generators_of(device)) is not None:
-        states["device"] = module.get_rng_state(device)
+    states["devices"] = {
+        str(device): module.get_rng_state(device)
+        for device in devices
+        if (module := _generators_of(device)) is not None
+    }
     return states
 
 
-def _set_random_numbers(states: Mapping[str, Any], device: torch.device) -> None:
+def _set_random_numbers(states: Mapping[str, Any]) -> None:
     version, numbers, gauss = states["python"]
     random.setstate((version, tuple(numbers), gauss))
     torch.set_rng_state(states["torch"])
     if "numpy" in states and (numpy := sys.modules.get("numpy")):
         name, keys, *others = states["numpy"]
         numpy.random.set_state((name, numpy.array(keys, dtype=numpy.uint32), *others))
-    if "device" in states and (module := _generators_of(device)) is not None:
-        module.set_rng_state(states["device"], device)
+    for name, state in states["devices"].items():
+        _generators_of(torch.device(name)).set_rng_state(state, name)
 
 
 def _generators_of(device: torch.device) -> Any:

@@ -17,6 +17,7 @@ class Stopping:
 
     def __init__(self) -> None:
         self.asked = False
+        self._is_heeded = False
 
     @contextlib.contextmanager
     def noted(self) -> Iterator[None]:
@@ -27,9 +28,22 @@ class Stopping:
 
         def note(number: int, frame: FrameType | None) -> None:
             self.asked = True
+            if self._is_heeded:
+                raise SystemExit(EXIT_CODE)
 
         before = signal.signal(signal.SIGTERM, note)
         try:
             yield
         finally:
             signal.signal(signal.SIGTERM, before)
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Inside, where a checkpoint is written already, SIGTERM ends the run without waiting for a window."""
+        if self.asked:
+            raise SystemExit(EXIT_CODE)
+        self._is_heeded = True
+        try:
+            yield
+        finally:
+            self._is_heeded = False

@@ -17,7 +17,7 @@ from autobatch.probe.workload_arguments import check_functions
 from autobatch.ranks import Ranks
 from autobatch.result import BatchSizeResult
 from autobatch.training.accumulator import Accumulator
-from autobatch.training.arguments import check_folder, check_run
+from autobatch.training.arguments import check_extra_state, check_find_options, check_folder, check_run
 from autobatch.training.evaluation import evaluate
 from autobatch.training.events import Callback, Evaluation, Event
 from autobatch.training.feed import Feed, count_samples
@@ -40,9 +40,11 @@ class Trainer:
         trainer = autobatch.Trainer(model, optimizer, loss_fn, effective_batch_size=4096, checkpoint="runs/first")
         report = trainer.fit(dataset, epochs=3, eval_dataset=held_out)
 
-    The model trains where it is. With ``micro_batch_size="auto"`` the largest that fits is found before the first
-    window. A run that was killed goes on in the middle of its epoch when the same script is started again, and ends
-    with the same weights as one that never stopped, bit for bit where the computation itself is.
+    The model trains where it is; one that is in eval mode is put into training mode. With ``micro_batch_size="auto"``
+    the largest that fits is found before the first window. A run that was killed goes on in the middle of its epoch when
+    the same script is started again, and ends with the same weights as one that never stopped, bit for bit where the
+    computation itself is. What a checkpoint holds replaces what the script made, learning rates included; amid an epoch
+    the data set, the effective batch and the seed must be those it began with.
 
     Among the ranks of a torch.distributed job (``torchrun``) each takes its share of every window.
 
@@ -62,6 +64,8 @@ class Trainer:
             SIGTERM, upon which the process exits with 143.
         checkpoint_every: windows between two of them, beside those.
         keep: so many checkpoints stay.
+        extra_state: what else has to go on with a run, by name: anything with ``state_dict`` and ``load_state_dict``,
+            such as averaged weights that a callback updates.
         callbacks: functions of an :class:`~autobatch.training.events.Event`.
         progress: show the run on standard error.
         noise: measure the gradient noise scale, which the summary of an epoch tells.
@@ -95,6 +99,7 @@ class Trainer:
         checkpoint: str | Path | None = None,
         checkpoint_every: int | None = None,
         keep: int = 2,
+        extra_state: Mapping[str, Any] | None = None,
         callbacks: Sequence[Callback] = (),
         progress: bool = True,
         noise: bool = True,
@@ -114,8 +119,8 @@ class Trainer:
         )
         check_functions(collate_fn=collate_fn, **{f"callbacks[{i}]": each for i, each in enumerate(callbacks)})
         check_folder(checkpoint, checkpoint_every)
-        if find_options is not None and not isinstance(find_options, Mapping):
-            raise InvalidArgumentError("find_options", find_options, "a dict of arguments of autobatch.find, or None")
+        check_find_options(find_options)
+        check_extra_state(extra_state)
         if micro_batch_size == "auto" and isinstance(optimizer, (list, tuple)):
             raise InvalidArgumentError("micro_batch_size", "auto", "a number where there are several optimizers")
         if precision == "fp16" and scaler is None and isinstance(model, nn.Module):
@@ -146,7 +151,7 @@ class Trainer:
         self._collate, self._length, self._workers = collate_fn, length, workers
         self._seed, self._keep, self._every = seed, keep, checkpoint_every
         self._shuffle, self._drop_last = shuffle, drop_last
-        self._find_options = dict(find_options or {})
+        self._find_options, self._extra_state = dict(find_options or {}), dict(extra_state or {})
         self._ranks = Ranks.here()
         self._folder = Folder(checkpoint, self._accumulator.agreed, is_writer=self._ranks.rank == 0)
         display = [Display()] if progress and self._ranks.rank == 0 else []
@@ -170,10 +175,7 @@ class Trainer:
             SystemExit: with 143, after SIGTERM.
             Exception: what the model or the data set raises for another reason than memory, unchanged.
         """
-        check_count("epochs", epochs)
-        count_samples(dataset)
-        if eval_dataset is not None:
-            count_samples(eval_dataset)
+        self._check_alike(dataset, epochs, eval_dataset, resume)
         with self._folder.locked():
             saved = self._saved()
             found = self._folder.newest(resume)
@@ -185,6 +187,8 @@ class Trainer:
             loop = self._made(feed, eval_dataset, sizes, saved, epochs=epochs)
             if loaded is not None:
                 loop.position = saved.restore(loaded)
+            if not self.model.training:
+                self.model.train()  # as from_pretrained leaves a model, dropout would do nothing
             try:
                 loop.run(headline(result, sizes, loop.position, epochs, found), is_resumed=loaded is not None)
             finally:
@@ -215,10 +219,39 @@ class Trainer:
             in_step=self._accumulator.runs_in_step,
         )
 
+    def _check_alike(self, dataset: Any, epochs: Any, eval_dataset: Any, resume: Any) -> None:
+        """Checks the arguments, and that all ranks were given the same: else they would wait for each other."""
+
+        def checked() -> dict[str, Any]:
+            check_count("epochs", epochs)
+            check_run(counts={}, numbers={}, flags={"resume": resume})
+            return {
+                "dataset": f"{count_samples(dataset)} samples",
+                "epochs": epochs,
+                "eval_dataset": None if eval_dataset is None else f"{count_samples(eval_dataset)} samples",
+                "resume": resume,
+                "effective_batch_size": self._wanted.effective_batch_size,
+                "micro_batch_size": "auto" if self._wanted.micro_batch_size == "auto" else "a number",
+                "seed": self._seed,
+                "shuffle": self._shuffle,
+                "drop_last": self._drop_last,
+                "checkpoint": None if self._folder.path is None else str(self._folder.path),
+                "checkpoint_every": self._every,
+            }
+
+        told = self._accumulator.agreed(checked)
+        for name, value in told[self._ranks.rank].items():
+            values = [other[name] for other in told]
+            if any(other != value for other in values):
+                allowed = f"the same on all ranks, which have {', '.join(map(repr, values))}"
+                raise InvalidArgumentError(name, value, allowed)
+
     def _saved(self) -> Saved:
         optimizer = self._training["optimizer"]
         optimizers = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
-        parts = {"scheduler": self._training["scheduler"], "scaler": self._training["scaler"]}
+        parts = {"scheduler": self._training["scheduler"], "scaler": self._training["scaler"], **self._extra_state}
+        if isinstance(self._loss_fn, nn.Module) and self._loss_fn.state_dict():
+            parts["loss_fn"] = self._loss_fn
         saved = Saved(self._accumulator, optimizers, parts, self._noise, self._ranks)
         if self._folder.path is not None:
             saved.check()

@@ -22,7 +22,9 @@ class Update:
     def __init__(
         self, model: nn.Module, optimizers: Sequence[Any], *, scaler: Any, scheduler: Any, max_grad_norm: float | None
     ) -> None:
-        self._model, self._optimizers, self._scaler = model, optimizers, scaler
+        # One that is switched off would still make a step depend on the gradients' being finite.
+        self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        self._model, self._optimizers = model, optimizers
         self._scheduler, self._max_grad_norm = scheduler, max_grad_norm
 
     def zero_grad(self) -> None:

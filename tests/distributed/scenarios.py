@@ -257,3 +257,21 @@ def terminated(rank: int, folder: str) -> int:
     except SystemExit as ended:
         return 1000 * windows + int(str(ended.code))
     return windows
+
+
+def unlike(rank: int, what: str) -> None:
+    """The ranks fit with another value of ``what``."""
+    one = rank == 1
+    model = nn.Linear(6, 2).double()
+    trainer = Trainer(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        nn.MSELoss(),
+        effective_batch_size=14 if one and what == "effective_batch_size" else 7,
+        micro_batch_size=2,
+        seed=rank if what == "seed" else 0,
+        checkpoint="/nowhere" if one and what == "checkpoint" else None,
+        progress=False,
+    )
+    eval_dataset = Rows(5) if one and what == "eval_dataset" else None
+    trainer.fit(Rows(9 if one and what == "dataset" else 8), eval_dataset=eval_dataset)

@@ -32,7 +32,10 @@ def test_ranks_train_what_one_process_trains(one: Job, two: Job) -> None:
     """Every sample once an epoch at the exact effective batch, also where ranks have sizes of their own."""
     alone = one.results(scenarios.fitted, folder=None, micro=[7], dropout=0.0, stop_at=None)[0]
     assert alone["samples"] == [7, 7, 7, 2] * 2
-    for micro, plan in (([2, 2], "7 = 2 samples x 1 step x 2 ranks + 3 samples in a last step"), ([1, 3], None)):
+    for micro, plan in (
+        ([2, 2], "7 = 2 ranks of 3 or 4 samples, each in at most 2 steps of at most 2"),
+        ([1, 3], None),
+    ):
         each = two.results(scenarios.fitted, folder=None, micro=micro, dropout=0.0, stop_at=None)
         assert each[0]["hash"] == each[1]["hash"]
         assert each[0]["samples"] == alone["samples"]
@@ -58,3 +61,11 @@ def test_a_run_of_ranks_goes_on_bit_for_bit(two: Job, tmp_path: Path, stop_at: i
 def test_one_rank_is_asked_to_end_and_all_do_after_the_same_window(two: Job, tmp_path: Path) -> None:
     assert two.results(scenarios.terminated, folder=str(tmp_path)) == [3143, 3143]
     assert newest(tmp_path)[0].name == "window-00000003"
+
+
+@pytest.mark.parametrize("what", ["dataset", "effective_batch_size", "eval_dataset", "seed", "checkpoint"])
+def test_what_the_ranks_are_given_differently_is_named(two: Job, what: str) -> None:
+    for outcome in two.run(scenarios.unlike, what=what, within_s=60.0):
+        assert outcome["error"] == "InvalidArgumentError", outcome
+        assert outcome["message"].startswith(f"{what}=")
+        assert "must be the same on all ranks, which have" in outcome["message"]

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
@@ -43,6 +45,7 @@ def test_the_example_of_accumulation_prints_what_the_readme_says() -> None:
     assert without_losses.sub("", printed).strip() == without_losses.sub("", promised).strip()
 
 
+@pytest.mark.slow
 def test_the_example_of_training_goes_as_the_readme_says(tmp_path: Path) -> None:
     promised = next(text for text in blocks("text") if text.startswith("batch "))
     command = [sys.executable, str(ROOT / "examples" / "trainer.py"), str(tmp_path / "run")]

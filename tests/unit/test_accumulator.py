@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -270,7 +271,8 @@ def test_wrong_arguments_are_named(change: dict[str, Any], argument: str) -> Non
     ("batch", "said"),
     [
         (3, "batch='int': must be one with tensors"),
-        ({"x": torch.ones(4, 3), "y": torch.ones(5)}, r"tensors of shapes \[\(4, 3\), \(5,\)\]"),
+        ({"x": torch.ones(4, 3), "y": torch.ones(5)}, r"tensors of shapes \['x'\] \(4, 3\), \['y'\] \(5,\)"),
+        ((torch.ones(4), [torch.ones(4), torch.ones(5)]), r"\[0\] \(4,\), \[1\]\[0\] \(4,\), \[1\]\[1\] \(5,\)"),
     ],
 )
 def test_a_batch_that_cannot_be_split_says_why(batch: Any, said: str) -> None:
@@ -323,3 +325,37 @@ def test_one_window_in_so_many_is_looked_at() -> None:
     assert noise.windows == 32 + 5
     with pytest.raises(InvalidArgumentError, match="every=0"):
         NoiseScale(every=0)
+
+
+@pytest.mark.parametrize("names", [list("abcde"), tuple("abcde"), numpy.array(list("abcde"))])
+def test_columns_that_are_no_tensors_are_cut_with_the_samples(names: Any) -> None:
+    seen: list[str] = []
+
+    class Net(nn.Linear):
+        def forward(self, x: Tensor, names: Any) -> Tensor:  # type: ignore[override]
+            return super().forward(x)
+
+    net = Net(3, 1)
+    loss_fn = lambda output, batch: seen.append("".join(batch["names"])) or output.mean()  # noqa: E731
+    accumulator = Accumulator(net, torch.optim.SGD(net.parameters(), lr=0.1), loss_fn, micro_batch_size=2)
+    accumulator.step({"x": torch.ones(5, 3), "names": names})
+    assert seen == ["ab", "cd", "e"]
+
+
+def test_a_count_for_each_sample_is_refused() -> None:
+    _, accumulator = linear(nn.MSELoss(), count=lambda batch: torch.ones(len(batch[0])))
+    with pytest.raises(InvalidArgumentError, match=r"count='a function that returns a tensor of shape \(4,\)'"):
+        accumulator.step((torch.ones(4, 6), torch.ones(4, 2)))
+
+
+def test_a_scaler_that_is_switched_off_changes_nothing() -> None:
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    model, accumulator = linear(lambda output, target: output.sum() * float("nan"), scaler=scaler)
+    assert accumulator.step((torch.ones(4, 6), torch.ones(4, 2))).stepped
+    assert model.weight.isnan().all()
+
+
+def test_an_optimizer_of_another_model_is_refused() -> None:
+    other = torch.optim.SGD(nn.Linear(3, 1).parameters(), lr=0.1)
+    with pytest.raises(InvalidArgumentError, match="optimizer='SGD of parameters that the model does not have'"):
+        Accumulator(nn.Linear(3, 1), other, micro_batch_size=2)

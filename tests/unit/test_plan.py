@@ -26,13 +26,13 @@ def test_every_size_is_met_exactly_in_the_fewest_steps(effective: int, fits: int
     ("effective", "fits", "ranks", "equation"),
     [
         (96, 50, 1, "96 = 48 samples x 2 steps"),
-        (7, 4, 1, "7 = 4 samples x 1 step + 3 samples in a last step"),
+        (7, 4, 1, "7 = 4 samples x 1 step + 3 samples x 1 step"),
         (8, 4, 1, "8 = 4 samples x 2 steps"),
-        (4096, 100, 8, "4096 = 86 samples x 5 steps x 8 ranks + 656 samples in a last step"),
+        (4096, 100, 8, "4096 = (86 samples x 2 steps + 85 samples x 4 steps) x 8 ranks"),
         (4096, 128, 8, "4096 = 128 samples x 4 steps x 8 ranks"),
-        (7, 4, 2, "7 = 7 samples in one step"),
+        (7, 4, 2, "7 = 2 ranks of 3 or 4 samples, each in at most 1 step of at most 4"),
         (7, 3, 7, "7 = 1 sample x 1 step x 7 ranks"),
-        (5, 2, 1, "5 = 2 samples x 2 steps + 1 sample in a last step"),
+        (5, 2, 1, "5 = 2 samples x 2 steps + 1 sample x 1 step"),
         (None, 30, 2, "60 = 30 samples x 1 step x 2 ranks"),
     ],
 )

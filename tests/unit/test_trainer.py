@@ -90,7 +90,7 @@ def test_it_trains_every_sample_once_an_epoch_at_the_effective_batch() -> None:
     assert (report.epochs, report.windows, str(report.plan)) == (
         3,
         12,
-        "7 = 3 samples x 2 steps + 1 sample in a last step",
+        "7 = 3 samples x 1 step + 2 samples x 2 steps",
     )
     assert [event.window.samples for event in events if event.window] == [7, 7, 7, 2] * 3
     assert report.losses[2] < report.losses[0]
@@ -410,7 +410,7 @@ def test_lines_for_a_person(capsys: pytest.CaptureFixture[str]) -> None:
     out, err = capsys.readouterr()
     lines = err.splitlines()
     assert out == ""
-    assert lines[0] == "an optimizer step is 7 = 3 samples x 2 steps + 1 sample in a last step"
+    assert lines[0] == "an optimizer step is 7 = 3 samples x 1 step + 2 samples x 2 steps"
     assert lines[1].startswith("epoch 1/2: loss ")
     assert "micro-batch 3, effective 7" in lines[1]
     assert lines[2].startswith("evaluation: loss ")
@@ -438,6 +438,10 @@ class Stream(IterableDataset[Tensor]):
         ({"reduction": "none"}, "reduction"),
         ({"noise": 3}, "noise"),
         ({"find_options": 3}, "find_options"),
+        ({"find_options": {"device": "cpu"}}, "find_options"),
+        ({"find_options": {"bogus": 1}}, "find_options"),
+        ({"extra_state": [1]}, "extra_state"),
+        ({"extra_state": {"ema": 3}}, r"extra_state\['ema'\]"),
     ],
 )
 def test_wrong_arguments_are_named(change: dict[str, Any], argument: str) -> None:
@@ -446,7 +450,8 @@ def test_wrong_arguments_are_named(change: dict[str, Any], argument: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("dataset", "said"), [(Stream(), "dataset='Stream'"), ([], "of no samples"), (3, "dataset='int'")]
+    ("dataset", "said"),
+    [(Stream(), "dataset='Stream'"), ({1: 2}, "dataset='dict'"), ([], "of no samples"), (3, "dataset='int'")],
 )
 def test_a_data_set_without_samples_by_number_is_refused(dataset: Any, said: str) -> None:
     trainer, state = made()
@@ -471,3 +476,143 @@ def test_a_folder_with_checkpoints_is_refused_where_none_is_to_be_gone_on_from(t
     made(checkpoint=tmp_path)[0].fit(Rows())
     with pytest.raises(InvalidArgumentError, match="a folder without checkpoints, or resume=True"):
         made(checkpoint=tmp_path)[0].fit(Rows(), resume=False)
+
+
+class Remembers(nn.Module):
+    """What a state_dict leaves out: a buffer that is not persistent, and a generator of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 4)
+        self.register_buffer("seen", torch.zeros(()), persistent=False)
+        self.chance = torch.Generator().manual_seed(7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += 1
+        noise = torch.randn(x.shape, generator=self.chance)
+        out: Tensor = self.linear(x + 0.01 * noise * self.seen)
+        return out
+
+
+class Head(nn.Module):
+    """A loss with weights of its own, which the optimizer trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 2)
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        return nn.functional.mse_loss(self.linear(output), target)
+
+
+def test_everything_that_decides_the_bits_goes_on(tmp_path: Path) -> None:
+    def trained(folder: Path | None, stop_at: int) -> list[Tensor]:
+        torch.manual_seed(0)
+        model, head, average = Remembers(), Head(), nn.Linear(6, 4)
+        optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], lr=0.05)
+
+        def callback(event: Event) -> None:
+            if event.kind == "window":
+                with torch.no_grad():
+                    for own, other in zip(average.parameters(), model.parameters(), strict=True):
+                        own.lerp_(other, 0.1)
+            stopped_after(stop_at)(event)
+
+        options: dict[str, Any] = {"effective_batch_size": 7, "micro_batch_size": 3, "extra_state": {"ema": average}}
+        trainer = Trainer(model, optimizer, head, callbacks=[callback], progress=False, checkpoint=folder, **options)
+        trainer._every = None if folder is None else 1
+        trainer.fit(Rows(), epochs=2)
+        return [*model.state_dict().values(), model.seen, *head.state_dict().values(), *average.state_dict().values()]
+
+    expected = trained(None, 99)
+    with pytest.raises(Stop):
+        trained(tmp_path, 4)
+    assert all(torch.equal(one, other) for one, other in zip(trained(tmp_path, 99), expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [(torch.optim.Adam, "of a run with AdamW, where this has Adam$"), (torch.optim.SGD, "where this has SGD$")],
+)
+def test_another_kind_of_optimizer_is_refused(tmp_path: Path, other: Any, said: str) -> None:
+    def run(kind: Any) -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Linear(6, 2)
+        trainer = Trainer(
+            model,
+            kind(model.parameters(), lr=0.1),
+            nn.MSELoss(),
+            micro_batch_size=5,
+            checkpoint=tmp_path,
+            progress=False,
+        )
+        trainer.fit(Rows(), epochs=1)
+        return model
+
+    run(torch.optim.AdamW)
+    with pytest.raises(CheckpointError, match=said):
+        run(other)
+
+
+def test_what_an_evaluation_draws_does_not_change_how_training_goes_on() -> None:
+    hashes = []
+    for eval_dataset in (None, Rows()):
+        trainer, state = made()
+        trainer.fit(Rows(), epochs=2, eval_dataset=eval_dataset)
+        hashes.append(bits(*state))
+    assert hashes[0] == hashes[1]
+
+
+def test_a_model_in_eval_mode_is_trained_in_training_mode() -> None:
+    trainer, (model, *_) = made()
+    model.eval()
+    trainer.fit(Rows(), eval_dataset=Rows())
+    assert all(module.training for module in model.modules())
+
+
+class Ends(Plain):
+    """Asks the run to end, or fails, while it is evaluated."""
+
+    def __init__(self, end: Any) -> None:
+        super().__init__()
+        self.end = end
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if index == 5:
+            self.end()
+        return super().__getitem__(index)
+
+
+def fail() -> None:
+    raise Stop
+
+
+@pytest.mark.parametrize(("end", "error"), [(fail, Stop), (lambda: os.kill(os.getpid(), signal.SIGTERM), SystemExit)])
+def test_an_epoch_is_kept_whatever_becomes_of_its_evaluation(tmp_path: Path, end: Any, error: Any) -> None:
+    whole, state = made()
+    expected = whole.fit(Rows(), epochs=2, eval_dataset=Plain())
+    reference = bits(*state)
+    first, _ = made(checkpoint=tmp_path)
+    with pytest.raises(error):
+        first.fit(Rows(), epochs=2, eval_dataset=Ends(end))
+    assert newest(tmp_path)[0].name == "window-00000004"
+    second, its_state = made(checkpoint=tmp_path)
+    report = second.fit(Rows(), epochs=2, eval_dataset=Plain())
+    assert bits(*its_state) == reference
+    assert (report.losses, report.evaluations) == (expected.losses, expected.evaluations)
+
+
+def test_a_full_disk_is_a_checkpoint_that_cannot_be_written(tmp_path: Path) -> None:
+    import resource
+
+    trainer, _ = made(hidden=4096, checkpoint=tmp_path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+        with pytest.raises(CheckpointError, match="window-00000000: cannot be written"):
+            trainer.fit(Rows())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert os.listdir(tmp_path) == [".lock"]
