@@ -41,10 +41,10 @@ class Trainer:
         report = trainer.fit(dataset, epochs=3, eval_dataset=held_out)
 
     The model trains where it is; one that is in eval mode is put into training mode. With ``micro_batch_size="auto"``
-    the largest that fits is found before the first window. A run that was killed goes on in the middle of its epoch when
-    the same script is started again, and ends with the same weights as one that never stopped, bit for bit where the
-    computation itself is. What a checkpoint holds replaces what the script made, learning rates too; amid an epoch
-    the data set, the effective batch and the seed must be those it began with.
+    the largest that fits is found before the first window. A run that was killed goes on amid its epoch when the same
+    script is started again, and ends with the same weights as one that never stopped, bit for bit where the computation
+    itself is. What a checkpoint holds replaces what the script made, learning rates included; amid an epoch the data
+    set, the effective batch and the seed must be those it began with.
 
     Among the ranks of a torch.distributed job (``torchrun``) each takes its share of every window.
 
