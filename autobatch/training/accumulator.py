@@ -99,7 +99,7 @@ class Accumulator:
         _check_choices(micro_batch_size, grow_after, reduction, precision, scaler)
         _check_its_own(model, loss_fn, optimizers)
         self.model, self._noise, self._reduction = model, noise, reduction
-        self._together = Together(model)
+        self._together = Together(model, loss_fn)
         self._update = Update(model, optimizers, scaler=scaler, scheduler=scheduler, max_grad_norm=max_grad_norm)
         self._passes = Passes(
             self._together.module,
@@ -119,8 +119,7 @@ class Accumulator:
             grow_after=grow_after,
             on_recovery=on_recovery,
         )
-        if noise is not None:
-            noise.watch(self._update.parameters())
+        self.watch()
 
     @property
     def micro_batch_size(self) -> int:
@@ -192,6 +191,11 @@ class Accumulator:
     def is_sharded(self) -> bool:
         """Whether each rank has a part of the model only."""
         return self._together.is_sharded
+
+    def watch(self) -> None:
+        """Puts the noise scale's hooks on the parameters, if there is one. ``noise.close()`` takes them off."""
+        if self._noise is not None:
+            self._noise.watch(self._update.parameters())
 
     def agreed(self, function: Callable[[], Any]) -> list[Any]:
         """What ``function`` gives on each rank. Raises RankError where it raised on another."""

@@ -13,10 +13,12 @@ process is killed.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +30,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from autobatch import __version__
-from autobatch.errors import CheckpointError
+from autobatch.errors import AutobatchWarning, CheckpointError
 
 FORMAT = 1
 WEIGHTS, REST, MANIFEST = "model.safetensors", "training.pt", "manifest.json"
-_NAME = re.compile(r"window-(\d{8,})")
+_NAME = re.compile(r"window-(\d{8,})(?:\.(\d+))?")
 _UNFINISHED = ".unfinished-"
 
 
@@ -61,7 +63,7 @@ def write(folder: Path, window: int, weights: Mapping[str, Any], rest: Mapping[s
     Raises:
         CheckpointError: if it cannot be written.
     """
-    path = folder / f"window-{window:08d}"
+    path = _free(folder, f"window-{window:08d}")
     unfinished = folder / f"{_UNFINISHED}{path.name}"
     try:
         _remove(folder.glob(f"{_UNFINISHED}*"))
@@ -80,21 +82,25 @@ def write(folder: Path, window: int, weights: Mapping[str, Any], rest: Mapping[s
         }
         (unfinished / MANIFEST).write_text(json.dumps(about, indent=1), encoding="utf-8")
         _sync([*unfinished.iterdir(), unfinished])
-        _remove([path])  # of this very window, from a run that went on before it
         unfinished.rename(path)
         _sync([folder])
     except (OSError, RuntimeError, SafetensorError) as exc:  # a disk that is full is any of them
-        shutil.rmtree(unfinished, ignore_errors=True)
         said = str(exc).partition("\n")[0]
         raise CheckpointError(f"{path}: cannot be written: {said}") from exc
-    _remove(newest(folder)[keep:])
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)  # there is none where all went well
+    try:
+        _remove(newest(folder)[keep:])
+    except OSError as exc:
+        warnings.warn(f"an old checkpoint cannot be removed: {exc}", AutobatchWarning, stacklevel=2)
     return path
 
 
 def newest(folder: Path) -> list[Path]:
     """The checkpoints in ``folder``, the newest first."""
-    found = [(int(match[1]), path) for path in _entries(folder) if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found, reverse=True)]
+    matches = [(_NAME.fullmatch(path.name), path) for path in _entries(folder)]
+    found = [(int(match[1]), int(match[2] or 0), path) for match, path in matches if match]
+    return [path for *_, path in sorted(found, reverse=True)]
 
 
 def read(path: Path) -> Checkpoint:
@@ -185,10 +191,18 @@ def _sync(paths: Iterable[Path]) -> None:
             os.close(handle)
 
 
+def _free(folder: Path, name: str) -> Path:
+    """A path for one more checkpoint of a window: before an evaluation and after it, there may be two."""
+    numbers = itertools.chain([""], (f".{number}" for number in itertools.count(1)))
+    return next(path for number in numbers if not (path := folder / f"{name}{number}").exists())
+
+
 def _remove(paths: Iterable[Path]) -> None:
+    """By another name first: a folder that is half removed must not look like a checkpoint."""
     for path in paths:
-        if path.exists():
-            shutil.rmtree(path)
+        doomed = path.with_name(f"{_UNFINISHED}{path.name.removeprefix(_UNFINISHED)}")
+        path.rename(doomed)
+        shutil.rmtree(doomed)
 
 
 def _entries(folder: Path) -> list[Path]:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Subset, default_collate
 
-from autobatch.device.oom import Tier, classify, first_line
 from autobatch.errors import DoesNotFitError, InvalidArgumentError
-from autobatch.probe.random_numbers import random_states
 from autobatch.ranks import Ranks
 from autobatch.training.events import Evaluation
-from autobatch.training.feed import heed_no_sigterm
+from autobatch.training.feed import heed_one_sigterm_less
 from autobatch.training.passes import Passes
-from autobatch.training.recovery import forget
+from autobatch.training.recovery import Snapshot, forget
 from autobatch.training.split import micro_batches, samples_of
+from autobatch.training.verdict import Kind, raise_own, verdict_of
 
 
 def evaluate(
@@ -27,6 +27,7 @@ def evaluate(
     collate_fn: Callable[[list[Any]], Any] | None,
     workers: int,
     ranks: Ranks,
+    agreed: Callable[[Callable[[], None]], Any],
     reduction: str,
     in_step: bool,
 ) -> Evaluation:
@@ -35,6 +36,7 @@ def evaluate(
     A batch that runs out of memory is repeated in halves, and later ones are as small.
 
     Args:
+        agreed: runs a function on every rank, and raises on all where it raises on one.
         in_step: whether the model needs all ranks in forward at the same time. Then nothing is repeated, and a rank
             that is done runs a sample along that does not count.
 
@@ -47,55 +49,91 @@ def evaluate(
         raise InvalidArgumentError("dataset", f"{len(dataset)} samples", f"one for each of {ranks.size} ranks, or more")
     modules = [part for module in passes.modules for part in module.modules()]
     training = [module for module in modules if module.training]
-    chances = random_states(str(passes.device))
+    # What is drawn and counted to evaluate is not to change how training goes on.
+    snapshot = Snapshot(passes.modules, passes.devices)
     for module in passes.modules:
         module.eval()
+    loader = _loader(dataset, ranks, batch_size=batch_size, collate_fn=collate_fn, workers=workers)
+    most, own = max(ranks.gather(len(loader))), list[_Sums]()
+
+    def run() -> None:
+        own.append(_run(passes, loader, batch_size, reduction, in_step=in_step))
+        for _ in range(most - len(loader) if in_step else 0):
+            passes.loss((collate_fn or default_collate)([dataset[ranks.rank]]))
+
     try:
-        size, sums = batch_size, [0.0, 0.0, 0.0]
-        mine = range(ranks.rank, len(dataset), ranks.size)
-        loader: DataLoader[Any] = DataLoader(
-            Subset(dataset, mine),
-            batch_size=batch_size,
-            collate_fn=collate_fn or default_collate,
-            num_workers=workers,
-            generator=torch.Generator(),
-            worker_init_fn=heed_no_sigterm,
-        )
-        most = max(ranks.gather(len(loader)))
         with torch.no_grad():
-            for batch in loader if len(mine) else ():
-                size, found = _batch(passes, batch, size, reduction, is_repeated=not in_step)
-                sums = [one + other for one, other in zip(sums, found, strict=True)]
-            for _ in range(most - len(loader)) if in_step else ():
-                passes.loss((collate_fn or default_collate)([dataset[mine[0]]]))
+            agreed(run)
     finally:
         for module in training:
             module.training = True
-        for put_back, state in chances:  # what is drawn to evaluate is not to change how training goes on
-            put_back(state)
-    loss, terms, samples = ranks.sums(sums)
+        snapshot.restore()
+    loss, terms, samples = ranks.sums([own[0].loss, own[0].terms, own[0].samples])
     mean = loss / terms if terms else float("nan")
-    return Evaluation(loss=mean, samples=int(samples), terms=terms, batch_size=size)
+    return Evaluation(loss=mean, samples=int(samples), terms=terms, batch_size=own[0].batch_size)
 
 
-def _batch(passes: Passes, batch: Any, size: int, reduction: str, *, is_repeated: bool) -> tuple[int, list[float]]:
-    samples = samples_of(batch)
-    while True:
-        failure = None
-        try:
-            parts = [passes.counted(part) for part in micro_batches(batch, samples, size)]
-            losses = [(passes.loss(part.batch), part.terms) for part in parts if part.terms]
-            total = sum(float(loss) * (terms if reduction == "mean" else 1.0) for loss, terms in losses)
-            return size, [total, sum(part.terms for part in parts), samples]
-        except Exception as exc:  # noqa: BLE001 - classified below: what is not memory is raised unchanged
-            failure = exc
-        try:
-            if not is_repeated or classify(failure) not in (Tier.DEFINITE, Tier.SUSPECT, Tier.LIMIT):
-                raise failure
-            message = first_line(failure)
-            forget(failure, passes.device)
-            if size == 1:
-                raise DoesNotFitError(f"in the evaluation not even one sample fits: {message}")
-        finally:
-            del failure
-        size = max(1, min(size, samples) // 2)
+@dataclass(slots=True)
+class _Sums:
+    """Of this rank, so far."""
+
+    batch_size: int
+    loss: float = 0.0
+    terms: float = 0.0
+    samples: int = 0
+
+
+def _loader(
+    dataset: Any,
+    ranks: Ranks,
+    *,
+    batch_size: int,
+    collate_fn: Callable[[list[Any]], Any] | None,
+    workers: int,
+) -> Sequence[Any] | DataLoader[Any]:
+    mine = range(ranks.rank, len(dataset), ranks.size)
+    if not mine:
+        return ()
+    return DataLoader(
+        Subset(dataset, mine),
+        batch_size=batch_size,
+        collate_fn=collate_fn or default_collate,
+        num_workers=workers,
+        generator=torch.Generator(),
+        worker_init_fn=heed_one_sigterm_less,
+    )
+
+
+def _run(passes: Passes, loader: Iterable[Any], batch_size: int, reduction: str, *, in_step: bool) -> _Sums:
+    sums = _Sums(batch_size)
+    for batch in loader:
+        samples = samples_of(batch)
+        while (found := _batch(passes, batch, samples, sums.batch_size, reduction, in_step=in_step)) is None:
+            sums.batch_size = max(1, min(sums.batch_size, samples) // 2)
+        sums.loss, sums.terms, sums.samples = sums.loss + found[0], sums.terms + found[1], sums.samples + samples
+    return sums
+
+
+def _batch(
+    passes: Passes, batch: Any, samples: int, size: int, reduction: str, *, in_step: bool
+) -> tuple[float, float] | None:
+    """The sum of the losses and the terms of ``batch``. None if memory ran out, and less can be tried."""
+    failure: BaseException | None = None
+    try:
+        parts = [passes.counted(part) for part in micro_batches(batch, samples, size)]
+        # Where other ranks wait in forward, a batch without a term runs too.
+        losses = [(passes.loss(part.batch), part.terms) for part in parts if part.terms or in_step]
+        total = sum(float(loss) * (terms if reduction == "mean" else 1.0) for loss, terms in losses if terms)
+        return total, sum(part.terms for part in parts)
+    except Exception as exc:  # noqa: BLE001 - judged below: what is not memory is raised unchanged
+        failure = exc
+    verdict = verdict_of(failure, min(size, samples))
+    try:
+        if in_step or verdict.kind in (Kind.BROKEN, Kind.UNSURE):
+            raise_own(failure, "an evaluation")
+        forget(failure, passes.device)
+        if verdict.kind is Kind.LEAST:
+            raise DoesNotFitError(f"in an evaluation not even one sample fits: {verdict.message}")
+    finally:
+        del failure
+    return None

@@ -8,6 +8,7 @@ import random
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -69,6 +70,7 @@ class Feed:
             "samples": self.samples,
             "effective_batch_size": self._most,
             "shuffle": int(self._shuffle),
+            "drop_last": int(self._drop_last),
             "seed": self._seed,
         }
 
@@ -82,7 +84,7 @@ class Feed:
             sampler=[(window, *part) for window, part in places],
             num_workers=self._workers,
             collate_fn=_as_it_is,
-            worker_init_fn=heed_no_sigterm,
+            worker_init_fn=heed_one_sigterm_less,
             generator=torch.Generator(),  # else it would draw from the numbers that training draws from
         )
         loaded = iter(loader)
@@ -161,9 +163,16 @@ def _number(*parts: int) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")
 
 
-def heed_no_sigterm(worker: int) -> None:
-    """For a process that loads samples: SIGTERM often comes to the whole group, and the run itself heeds it."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def heed_one_sigterm_less(worker: int) -> None:
+    """For a process that loads samples: SIGTERM often goes to the whole group, and it is the run that heeds it.
+
+    A second one, such as from whoever waits for this process, ends it.
+    """
+
+    def heed_the_next(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, heed_the_next)
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from autobatch.errors import InvalidArgumentError
+from autobatch.errors import AutobatchWarning, InvalidArgumentError
 from autobatch.training.checkpoint import newest
 
 Agreed = Callable[[Callable[[], Any]], list[Any]]
@@ -68,6 +69,9 @@ class Folder:
         except Timeout:
             allowed = "a folder that no other run writes into"
             raise InvalidArgumentError("checkpoint", str(self.path), allowed) from None
+        except NotImplementedError:  # a file system that knows no locks
+            warnings.warn(f"{self.path} cannot be locked: let no other run write there", AutobatchWarning, stacklevel=2)
+            return
         except OSError as exc:
             allowed = f"a folder that can be written ({exc.strerror})"
             raise InvalidArgumentError("checkpoint", str(self.path), allowed) from exc

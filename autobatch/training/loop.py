@@ -97,6 +97,8 @@ class Loop:
             self._event("epoch", text=self._summary(position, self._speed()))
         if self._evaluate is not None:
             self._checkpoint()  # an evaluation may take long, or fail
+            if self._is_stopping():
+                self._stop()
             with self._stopping.at_once():
                 position.evaluations.append(self._evaluate())
             found = position.evaluations[-1]

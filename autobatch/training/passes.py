@@ -100,18 +100,23 @@ class Passes:
         # Asking a scaler waits for the device.
         scale = update.scale() if watched else 1.0
         for part in parts:
-            if not part.terms and not self._runs_all:
+            if not part.terms:
+                if self._runs_all:
+                    update.backward(self._idle(part.batch))
                 continue  # the mean over nothing is not a number
             loss = self.loss(part.batch)
             if self._reduction == "mean":
-                loss = loss * (part.terms / terms if terms else 0.0)
-            elif not part.terms:
-                loss = loss * 0.0
+                loss = loss * (part.terms / terms)
             with self._watched(part.terms, terms, scale) if watched else contextlib.nullcontext():
                 update.backward(loss if self._factor == 1.0 else loss * self._factor)
-            if part.terms:
-                total = total + loss.detach().to(total.device)
+            total = total + loss.detach().to(total.device)
         return total
+
+    def _idle(self, part: Any) -> Tensor:
+        """A zero that has come through the model, without a loss that may be no number."""
+        output, _ = self._forward(part)
+        zeros = [tensor.sum() * 0.0 for tensor in tensors(output) if tensor.requires_grad]
+        return torch.stack([zero.to(self.device) for zero in zeros]).sum()
 
     def _watched(self, own: float, terms: float, scale: float) -> contextlib.AbstractContextManager[Any]:
         if self._noise is None or not own:
@@ -126,14 +131,17 @@ class Passes:
 
     def loss(self, part: Any) -> Tensor:
         """The loss of one micro-batch, a scalar on the model's device."""
-        part = move(part, self.device)
-        if _is_compiled(self.model):
-            _mark_dynamic(part)
-        _, loss = forward(self.model, self.loss_fn, part, precision=self._precision, device=self.device)
+        _, loss = self._forward(part)
         if not isinstance(loss, Tensor) or loss.dim():
             what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise InvalidArgumentError("loss_fn", f"a function that returns {what}", "one that returns a scalar tensor")
         return loss
+
+    def _forward(self, part: Any) -> tuple[Any, Tensor]:
+        part = move(part, self.device)
+        if _is_compiled(self.model):
+            _mark_dynamic(part)
+        return forward(self.model, self.loss_fn, part, precision=self._precision, device=self.device)
 
     def _warn_of_batch_norm(self, parts: int) -> None:
         if parts <= 1 or self._has_warned:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from autobatch.errors import InvalidArgumentError
+from autobatch.probe.search_arguments import check_count
 from autobatch.training.events import Event
 
 _REFRESH_S = 0.5  # reading a loss waits for the device
@@ -67,12 +68,13 @@ class ScalarLog:
         every: so many windows lie between two that are written; reading a loss waits for the device.
 
     Raises:
-        InvalidArgumentError: if ``writer`` has no such method.
+        InvalidArgumentError: if ``writer`` has no such method, or ``every`` is no positive whole number.
     """
 
     def __init__(self, writer: Any, *, every: int = 1) -> None:
         if not callable(getattr(writer, "add_scalar", None)):
             raise InvalidArgumentError("writer", writer, "one with add_scalar(name, value, step)")
+        check_count("every", every)
         self._writer, self._every = writer, every
 
     def __call__(self, event: Event) -> None:

@@ -114,7 +114,7 @@ class Runner:
         """
         self._update.zero_grad()
         size = _largest(batches, self.micro_batch_size)
-        counted = self._tried(lambda: self._counted(batches), _facts, size, snapshot)
+        counted = self._tried(lambda: self._counted(batches), _facts, size, snapshot, in_step=False)
         if counted is None:
             return None
         parts, facts = counted
@@ -123,7 +123,11 @@ class Runner:
         if whole.most_parts > len(parts):
             parts = [*parts, *[_filler(parts[0])] * (whole.most_parts - len(parts))]
         done = self._tried(
-            lambda: self._passes.run(parts, whole.terms, self._update, watched=watched), _nothing, size, snapshot
+            lambda: self._passes.run(parts, whole.terms, self._update, watched=watched),
+            _nothing,
+            size,
+            snapshot,
+            in_step=self._together.talks_in_forward,
         )
         return None if done is None else Ran(done[0], micro_batches=len(parts), whole=whole)
 
@@ -141,9 +145,12 @@ class Runner:
         return Whole(sum(samples), sum(terms), most_parts=max(counts) if in_step else 0)
 
     def _tried(
-        self, function: Callable[[], T], told: Callable[[T], Told], size: int, snapshot: Snapshot
+        self, function: Callable[[], T], told: Callable[[T], Told], size: int, snapshot: Snapshot, *, in_step: bool
     ) -> tuple[T, list[Told]] | None:
-        """What ``function`` gives here, and what is ``told`` of it on each rank. None if memory ran out on one."""
+        """What ``function`` gives here, and what is ``told`` of it on each rank. None if memory ran out on one.
+
+        ``in_step`` is whether the ranks run collectives in it, and wait there for one that fails.
+        """
         failure: BaseException | None = None
         answer: Any = None
         try:
@@ -152,14 +159,14 @@ class Runner:
             failure = exc
         mine = verdict_of(failure, size)
         try:
-            if failure is not None and self._together.talks_in_forward:
+            if failure is not None and in_step:
                 self._give_up(failure, mine)
             each = self._together.ranks.gather((mine, None if failure is not None else told(answer)))
             verdicts = [verdict for verdict, _ in each]
             if all(verdict.kind is Kind.RAN for verdict in verdicts):
                 return answer, [facts for _, facts in each]  # type: ignore[misc]  # each has told
             if failure is not None and mine.kind is Kind.BROKEN:
-                raise_own(failure, self.windows)
+                raise_own(failure, f"window {self.windows}")
             self._undo(failure, snapshot)
             if failure is not None and mine.kind is Kind.UNSURE:
                 raise failure
@@ -176,7 +183,7 @@ class Runner:
             raise DoesNotFitError(
                 f"{said}, which a model that needs its ranks in step does not survive: {mine.message}"
             )
-        raise_own(failure, self.windows)
+        raise_own(failure, f"window {self.windows}")
 
     def _undo(self, failure: BaseException | None, snapshot: Snapshot) -> None:
         self._update.zero_grad()
@@ -185,7 +192,9 @@ class Runner:
 
     def _halve(self, size: int, verdicts: Sequence[Verdict]) -> None:
         half = self.micro_batch_size // 2
-        self.micro_batch_size, self.clean = max(1, half if half < size else size // 2), -1
+        if verdicts[self._together.ranks.rank].kind is not Kind.RAN and half >= size:
+            half = size // 2  # it was less than a micro-batch that ran out here
+        self.micro_batch_size, self.clean = max(1, half), -1
         if self._on_recovery is not None:
             rank = next(rank for rank, verdict in enumerate(verdicts) if verdict.kind is Kind.LESS)
             whose = f"rank {rank}: " if len(verdicts) > 1 else ""

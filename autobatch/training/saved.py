@@ -60,14 +60,19 @@ class Saved:
 
     def write(self, folder: Path, position: Position, sizes: Sizes, order: Mapping[str, Any], *, keep: int) -> Path:
         """Writes a checkpoint, on rank 0 alone; gives its folder. ``order`` is what decides how samples come."""
-        chances = self._ranks.gather(_random_numbers(self._accumulator.passes.devices))
+        own = {
+            "random": _random_numbers(self._accumulator.passes.devices),
+            "accumulator": self._accumulator.state_dict(),
+            "unsaved": unsaved_state(self._modules),
+        }
+        of_ranks = self._ranks.gather(own)
         path = Path()
 
         def written() -> None:
             nonlocal path
             if self._ranks.rank == 0:
                 weights = self._accumulator.module.state_dict()
-                rest = self._rest(position, sizes) | {"random": chances, "order": dict(order)}
+                rest = self._rest(position, sizes) | {"ranks": of_ranks, "order": dict(order)}
                 path = checkpoints.write(folder, self._accumulator.windows, weights, rest, keep=keep)
 
         self._ranks_agree(written)
@@ -91,24 +96,36 @@ class Saved:
             warnings.warn(f"{told}: the run may go on with other bits", AutobatchWarning, stacklevel=3)
         return checkpoint[0]
 
-    def restore(self, checkpoint: Checkpoint) -> Position:
-        """Puts everything back, in place; gives how far the run was."""
+    def restore(self, checkpoint: Checkpoint, sizes: Sizes) -> Position:
+        """Puts everything back, in place; gives how far the run was. A micro-batch that had been halved stays so where
+        the run begins with the same ``sizes``."""
+        position: list[Position] = []
+        self._ranks_agree(lambda: position.append(self._restored(checkpoint, sizes)))
+        return position[0]
+
+    def _restored(self, checkpoint: Checkpoint, sizes: Sizes) -> Position:
         rest = checkpoint.rest
         self._accumulator.module.load_state_dict(dict(checkpoint.weights))
         for optimizer, state in zip(self._optimizers, rest["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         for name, part in self._parts.items():
             part.load_state_dict(rest["parts"][name])
-        set_unsaved_state(self._modules, rest["unsaved"])
         if self._noise is not None and rest["noise"] is not None:
             self._noise.load_state_dict(rest["noise"])
-        self._accumulator.load_state_dict(rest["accumulator"])
+        # A rank that there was not takes what rank 0 had, but for its random numbers.
+        is_known = self._ranks.rank < len(rest["ranks"])
+        own = rest["ranks"][self._ranks.rank if is_known else 0]
+        set_unsaved_state(self._modules, own["unsaved"])
+        state = own["accumulator"]
+        if tuple(rest["sizes"]["micro_batch_sizes"]) != sizes.micro_batch_sizes:
+            state = {**state, "micro_batch_size": self._accumulator.micro_batch_size}
+        self._accumulator.load_state_dict(state)
         position = dict(rest["position"])
         if position["loss_sum"] is not None:
             position["loss_sum"] = position["loss_sum"].to(self._device)
         position["evaluations"] = [Evaluation(**found) for found in position["evaluations"]]
-        if self._ranks.rank < len(rest["random"]):
-            _set_random_numbers(rest["random"][self._ranks.rank])
+        if is_known:
+            _set_random_numbers(own["random"])
         return Position(**position)
 
     @property
@@ -133,8 +150,6 @@ class Saved:
             "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
             "parts": {name: part.state_dict() for name, part in self._parts.items()},
             "noise": None if self._noise is None else self._noise.state_dict(),
-            "accumulator": self._accumulator.state_dict(),
-            "unsaved": unsaved_state(self._modules),
         }
 
     def check_order(self, checkpoint: Checkpoint, order: Mapping[str, Any]) -> None:

@@ -63,9 +63,14 @@ class Wanted:
     micro_batch_size: int | Literal["auto"]
     eval_batch_size: int | None
 
-    def share(self, ranks: Ranks) -> int | None:
-        """The most samples of a rank that a window takes; None without accumulation."""
-        return None if self.effective_batch_size is None else -(-self.effective_batch_size // ranks.size)
+    def share(self, ranks: Ranks, *, per_rank: bool) -> int | None:
+        """The most samples of a rank that a window takes; None without accumulation.
+
+        With ``per_rank`` shares go by the sizes that are still to be found.
+        """
+        if self.effective_batch_size is None:
+            return None
+        return self.effective_batch_size if per_rank else -(-self.effective_batch_size // ranks.size)
 
     def of(self, micro_batch_size: int, ranks: Ranks, *, found: BatchSizeResult | None = None) -> Sizes:
         """The sizes of a run whose ranks each know their own micro-batch, which the probe may have ``found``."""
@@ -84,7 +89,9 @@ class Wanted:
         effective = self.effective_batch_size or known["effective_batch_size"]
         if len(each) != ranks.size:
             return None
-        return Sizes(**{**known, "micro_batch_sizes": each, "effective_batch_size": effective})
+        of_evaluation = self.eval_batch_size or known["eval_batch_size"]
+        changed = {"micro_batch_sizes": each, "effective_batch_size": effective, "eval_batch_size": of_evaluation}
+        return Sizes(**{**known, **changed})
 
 
 def probed(

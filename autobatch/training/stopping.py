@@ -35,15 +35,15 @@ class Stopping:
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)  # None: it was not Python's
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
         """Inside, where a checkpoint is written already, SIGTERM ends the run without waiting for a window."""
-        if self.asked:
-            raise SystemExit(EXIT_CODE)
         self._is_heeded = True
         try:
+            if self.asked:  # after all ranks were asked whether one was
+                raise SystemExit(EXIT_CODE)
             yield
         finally:
             self._is_heeded = False

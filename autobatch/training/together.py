@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from autobatch.device.oom import first_line
+from autobatch.device.oom import classify, first_line
 from autobatch.errors import InvalidArgumentError, RankError
 from autobatch.ranks import Ranks
 
@@ -29,13 +29,14 @@ class Together:
 
     Args:
         model: what is trained, as the user has it.
+        loss_fn: if it is a module, its weights are made those of rank 0 too.
 
     Raises:
         RankError: where the ranks' gradients cannot be brought together, or a rank is gone.
         InvalidArgumentError: for a model that is compiled around DistributedDataParallel.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, loss_fn: Any = None) -> None:
         self.ranks = Ranks.here()
         self._shares_buffers = False
         self.module = self._unwrapped(model)
@@ -44,9 +45,13 @@ class Together:
         self.talks_in_forward = self.is_sharded or (several and _has(self.module, nn.SyncBatchNorm))
         if not several:
             return
-        self._check()
+        losses = [loss_fn] if isinstance(loss_fn, nn.Module) else []
+        self._check(losses)
         if self.module is model and not self.is_sharded:
-            self._made_equal()
+            self._shares_buffers = True
+            self._made_equal([model, *losses])
+        else:
+            self._made_equal(losses)
 
     def _unwrapped(self, model: nn.Module) -> nn.Module:
         if isinstance(getattr(model, "_orig_mod", None), DistributedDataParallel):
@@ -60,30 +65,31 @@ class Together:
         self._shares_buffers = model.broadcast_buffers
         return model.module  # type: ignore[no-any-return]
 
-    def _check(self) -> None:
+    def _check(self, losses: list[nn.Module]) -> None:
         size = _shards(self.module)
         if size is not None and size != self.ranks.size:
             raise RankError(f"the model is sharded over {size} of {self.ranks.size} ranks: only all of them are known")
+        if self.is_sharded:
+            named = [pair for module in (self.module, *losses) for pair in module.named_parameters()]
+            whole = [name for name, each in named if each.requires_grad and not hasattr(each, "device_mesh")]
+            if whole:
+                raise RankError(f"{whole[0]} is not sharded, beside parameters that are: shard the whole model")
         for name, module in self.module.named_modules():
             if getattr(module, "sparse", False):
                 raise RankError(f"{name or type(module).__name__} has sparse gradients, which are not brought together")
 
-    def _made_equal(self) -> None:
-        self._shares_buffers = True
-        tensors = [*self.module.named_parameters(), *self.module.named_buffers()]
-        shapes = [(name, tuple(tensor.shape)) for name, tensor in tensors]
-        theirs = self.ranks.broadcast(shapes)
-        self.agreed(lambda: _check_equal(shapes, theirs))
+    def _made_equal(self, modules: list[nn.Module]) -> None:
+        tensors = [pair for each in modules for pair in (*each.named_parameters(), *each.named_buffers())]
+        kinds = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in tensors]
+        theirs = self.ranks.broadcast(kinds)
+        self.agreed(lambda: _check_equal(kinds, theirs))
         with torch.no_grad():
-            for parameter in self.module.parameters():
-                distributed.broadcast(parameter.detach(), src=0)
-        self.begin()
+            self._talk(lambda: [distributed.broadcast(tensor.detach(), src=0) for _, tensor in tensors])
 
     def begin(self) -> None:
         """Before a window: every rank has the buffers of rank 0, as DistributedDataParallel makes it."""
         if self.ranks.are_several and self._shares_buffers:
-            for buffer in self.module.buffers():
-                distributed.broadcast(buffer, src=0)
+            self._talk(lambda: [distributed.broadcast(buffer, src=0) for buffer in self.module.buffers()])
 
     def agreed(self, function: Callable[[], T]) -> list[T]:
         """What ``function`` gives on each rank.
@@ -116,11 +122,21 @@ class Together:
             known = [parameter for parameter in parameters if parameter.requires_grad]
             self._filled(known)
             gradients = [parameter.grad for parameter in known if parameter.grad is not None]
-            for work in [distributed.all_reduce(gradient, async_op=True) for gradient in gradients]:
-                work.wait()
+            started = self._talk(lambda: [distributed.all_reduce(each, async_op=True) for each in gradients])
+            self._talk(lambda: [work.wait() for work in started])
         total = loss.double()  # a rank without a sample does not know the others' kind
-        distributed.all_reduce(total)
+        self._talk(lambda: distributed.all_reduce(total))
         return total
+
+    def _talk(self, collective: Callable[[], T]) -> T:
+        """Over the job's own group, where the tensors are. Raises RankError where a rank is gone."""
+        try:
+            return collective()
+        except RuntimeError as exc:
+            if classify(exc) is not None:
+                raise
+            said = first_line(exc)
+            raise RankError(f"bringing gradients together failed, a rank is gone or silent: {said}") from exc
 
     def _filled(self, parameters: list[nn.Parameter]) -> None:
         """A parameter that only some ranks have used has a gradient of zeros on the others."""

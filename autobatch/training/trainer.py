@@ -121,12 +121,16 @@ class Trainer:
         check_folder(checkpoint, checkpoint_every)
         check_find_options(find_options)
         check_extra_state(extra_state)
-        if micro_batch_size == "auto" and isinstance(optimizer, (list, tuple)):
-            raise InvalidArgumentError("micro_batch_size", "auto", "a number where there are several optimizers")
+        is_whole = isinstance(model, nn.Module) and not any(hasattr(p, "device_mesh") for p in model.parameters())
+        for where, is_so in {
+            "there are several optimizers": isinstance(optimizer, (list, tuple)),
+            "the model is sharded: find() of a function that builds it tells it": not is_whole,
+        }.items():
+            if micro_batch_size == "auto" and is_so:
+                raise InvalidArgumentError("micro_batch_size", "auto", f"a number where {where}")
         if precision == "fp16" and scaler is None and isinstance(model, nn.Module):
             scaler = torch.amp.GradScaler(_device_of(model).type)
         # Of a sharded model hooks see no gradient.
-        is_whole = isinstance(model, nn.Module) and not any(hasattr(p, "device_mesh") for p in model.parameters())
         self._noise = NoiseScale(every=_NOISE_EVERY) if noise and is_whole else None
         self._loop: Loop | None = None
         self._accumulator = Accumulator(
@@ -144,6 +148,8 @@ class Trainer:
             grow_after=grow_after,
             on_recovery=lambda recovery: self._loop.recovered(recovery) if self._loop is not None else None,
         )
+        self._unwatch()
+        self._memory = resolve_local(str(self._accumulator.passes.device))
         self.model, self._loss_fn, self._reduction = model, loss_fn, reduction
         self._training = {"precision": precision, "scaler": scaler, "scheduler": scheduler}
         self._training |= {"max_grad_norm": max_grad_norm, "optimizer": optimizer}
@@ -186,12 +192,15 @@ class Trainer:
                 saved.check_order(loaded, feed.order)
             loop = self._made(feed, eval_dataset, sizes, saved, epochs=epochs)
             if loaded is not None:
-                loop.position = saved.restore(loaded)
+                loop.position = saved.restore(loaded, sizes)
             if not self.model.training:
                 self.model.train()  # as from_pretrained leaves a model, dropout would do nothing
+            self._accumulator.watch()
+            self._memory.reset_peaks()
             try:
                 loop.run(headline(result, sizes, loop.position, epochs, found), is_resumed=loaded is not None)
             finally:
+                self._unwatch()
                 for display in self._display:
                     display.close()
                 self._loop = None
@@ -215,6 +224,7 @@ class Trainer:
             collate_fn=self._collate,
             workers=self._workers,
             ranks=self._ranks,
+            agreed=self._accumulator.agreed,
             reduction=self._reduction,
             in_step=self._accumulator.runs_in_step,
         )
@@ -225,6 +235,10 @@ class Trainer:
         def checked() -> dict[str, Any]:
             check_count("epochs", epochs)
             check_run(counts={}, numbers={}, flags={"resume": resume})
+            effective = self._wanted.effective_batch_size
+            if effective is not None and effective < self._ranks.size:
+                allowed = f"at least {self._ranks.size}, a sample for each of the ranks"
+                raise InvalidArgumentError("effective_batch_size", effective, allowed)
             return {
                 "dataset": f"{count_samples(dataset)} samples",
                 "epochs": epochs,
@@ -237,6 +251,10 @@ class Trainer:
                 "drop_last": self._drop_last,
                 "checkpoint": None if self._folder.path is None else str(self._folder.path),
                 "checkpoint_every": self._every,
+                "noise": self._noise is not None,
+                "reduction": self._reduction,
+                "precision": self._training["precision"],
+                "max_grad_norm": self._training["max_grad_norm"],
             }
 
         told = self._accumulator.agreed(checked)
@@ -245,6 +263,11 @@ class Trainer:
             if any(other != value for other in values):
                 allowed = f"the same on all ranks, which have {', '.join(map(repr, values))}"
                 raise InvalidArgumentError(name, value, allowed)
+
+    def _unwatch(self) -> None:
+        """Between two runs the user's model has no hook of ours."""
+        if self._noise is not None:
+            self._noise.close()
 
     def _saved(self) -> Saved:
         optimizer = self._training["optimizer"]
@@ -306,7 +329,7 @@ class Trainer:
             loss_fn=self._loss_fn,
             collate_fn=self._collate,
             length=self._length,
-            share=wanted.share(self._ranks),
+            share=wanted.share(self._ranks, per_rank=bool(self._find_options.get("per_rank"))),
             training=self._training,
             options=self._find_options,
         )
@@ -317,7 +340,8 @@ class Trainer:
             callback(event)
 
     def _summary(self, position: Position, speed: float | None, epochs: int, sizes: Sizes) -> str:
-        peak_bytes = resolve_local(str(self._accumulator.passes.device)).measure().peak_allocated_bytes
+        peak_bytes = self._memory.measure().peak_allocated_bytes
+        self._memory.reset_peaks()
         noise = None if self._noise is None else self._noise.batch_size
         first = epoch_line(position, epochs, samples_per_s=speed, peak_bytes=peak_bytes)
         own = sizes.micro_batch_sizes[self._ranks.rank]

@@ -47,10 +47,10 @@ def verdict_of(failure: BaseException | None, size: int) -> Verdict:
     return Verdict(Kind.UNSURE if tier is Tier.SUSPECT else Kind.LEAST, message)
 
 
-def raise_own(failure: BaseException, window: int) -> None:
+def raise_own(failure: BaseException, where: str) -> None:
     """Raises ``failure`` of this rank: unchanged, unless the device is broken."""
     if classify(failure) is Tier.FATAL:
-        raise DeviceCorruptedError(f"in window {window}: {first_line(failure)}") from failure
+        raise DeviceCorruptedError(f"in {where}: {first_line(failure)}") from failure
     raise failure
 
 

@@ -137,8 +137,7 @@ def one_fails(rank: int, how: str) -> str:
     model = nn.Linear(6, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     error = OUT if how == "memory" else ValueError("a shape bug")
-    fails = rank == 1 and how in ("memory", "error")
-    loss_fn = Fails(2, error) if fails else nn.MSELoss()
+    loss_fn = Fails(2 if rank == 1 and how in ("memory", "error") else 0, error)
     accumulator = Accumulator(model, optimizer, loss_fn, micro_batch_size=1 if how == "memory" else 8)
     batch = (torch.ones(1, 6), torch.ones(1, 2))
     accumulator.step(batch)
@@ -275,3 +274,65 @@ def unlike(rank: int, what: str) -> None:
     )
     eval_dataset = Rows(5) if one and what == "eval_dataset" else None
     trainer.fit(Rows(9 if one and what == "dataset" else 8), eval_dataset=eval_dataset)
+
+
+def halved(rank: int, samples: list[int]) -> int:
+    """Rank 0 runs out of memory in its only window; how large another rank's micro-batches are then."""
+    model = nn.Linear(6, 2)
+    loss_fn = Fails(1 if rank == 0 else 0, OUT)
+    accumulator = Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1), loss_fn, micro_batch_size=8)
+    mine = (torch.ones(samples[rank], 6), torch.ones(samples[rank], 2))
+    accumulator.step(*([mine] if samples[rank] else []))
+    return accumulator.micro_batch_size
+
+
+class Head(nn.Module):
+    """A loss with weights of its own, which differ from rank to rank before they are made equal."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        torch.manual_seed(rank)
+        self.linear = nn.Linear(2, 2)
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        return nn.functional.mse_loss(self.linear(output), target)
+
+
+def loss_weights(rank: int, kind: str) -> list[float]:
+    """The weights of the loss after a window."""
+    torch.manual_seed(0)
+    model, head = wrapped(nn.Linear(6, 2), kind), Head(rank)
+    optimizer = torch.optim.SGD([*model.parameters(), *head.parameters()], lr=0.1)
+    Accumulator(model, optimizer, head, micro_batch_size=2).step((torch.ones(3 + rank, 6), torch.ones(3 + rank, 2)))
+    return head.linear.weight.flatten().tolist()
+
+
+def masked(rank: int) -> list[float]:
+    """A sharded model whose rank 1 has a micro-batch without a term, the mean of which is no number."""
+    torch.manual_seed(0)
+    model = wrapped(nn.Linear(6, 2), "fsdp")
+    accumulator = Accumulator(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        lambda output, mask: (output * mask).sum() / mask.sum(),
+        micro_batch_size=2,
+        count=lambda batch: batch[1].sum(),
+    )
+    mask = torch.ones(4, 2)
+    if rank == 1:
+        mask[2:] = 0
+    accumulator.step((torch.ones(4, 6), mask))
+    return whole(model.weight).flatten().tolist()
+
+
+class Failing(Rows):
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        raise ValueError("an unreadable sample")
+
+
+def evaluated(rank: int) -> float:
+    """Rank 1 cannot read what it evaluates."""
+    model = nn.Linear(6, 2).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = Trainer(model, optimizer, nn.MSELoss(), micro_batch_size=2, progress=False)
+    return trainer.evaluate(Failing(8) if rank == 1 else Rows(8), batch_size=2).loss

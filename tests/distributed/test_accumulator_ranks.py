@@ -99,5 +99,26 @@ def test_buffers_are_those_of_rank_0(two: Job) -> None:
 def test_what_cannot_be_brought_together_is_refused(two: Job) -> None:
     unequal = two.run(scenarios.unequal_models)
     assert {outcome["error"] for outcome in unequal} == {"RankError"}
-    assert "('weight', (3, 6)) here, ('weight', (2, 6)) on rank 0" in unequal[1]["message"]
+    assert (
+        "('weight', (3, 6), 'torch.float32') here, ('weight', (2, 6), 'torch.float32') on rank 0"
+        in unequal[1]["message"]
+    )
     assert all("sparse gradients" in outcome["message"] for outcome in two.run(scenarios.sparse))
+
+
+@pytest.mark.parametrize("samples", [[8, 0], [8, 2], [8, 8]])
+def test_where_another_rank_runs_out_a_micro_batch_is_halved_and_no_more(two: Job, samples: list[int]) -> None:
+    assert two.results(scenarios.halved, samples=samples) == [4, 4]
+
+
+@pytest.mark.parametrize("kind", ["plain", "ddp"])
+def test_weights_of_the_loss_are_one_on_all_ranks(two: Job, kind: str) -> None:
+    one, other = two.results(scenarios.loss_weights, kind=kind)
+    assert one == other
+    assert {outcome["error"] for outcome in two.run(scenarios.loss_weights, kind="fsdp")} == {"RankError"}
+
+
+def test_a_micro_batch_without_a_term_leaves_a_sharded_model_its_numbers(two: Job) -> None:
+    one, other = two.results(scenarios.masked)
+    assert one == other
+    assert all(value == value for value in one)

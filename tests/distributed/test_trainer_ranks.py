@@ -47,13 +47,13 @@ def test_ranks_train_what_one_process_trains(one: Job, two: Job) -> None:
             assert [loss for loss, _ in rank["eval"]] == pytest.approx([loss for loss, _ in alone["eval"]], abs=1e-9)
 
 
-@pytest.mark.parametrize("stop_at", [2, 4])
-def test_a_run_of_ranks_goes_on_bit_for_bit(two: Job, tmp_path: Path, stop_at: int) -> None:
-    whole = two.results(scenarios.fitted, folder=None, micro=[2, 2], dropout=0.3, stop_at=None)
+@pytest.mark.parametrize(("micro", "stop_at"), [([2, 2], 2), ([2, 2], 4), ([1, 3], 6)])
+def test_a_run_of_ranks_goes_on_bit_for_bit(two: Job, tmp_path: Path, micro: list[int], stop_at: int) -> None:
+    whole = two.results(scenarios.fitted, folder=None, micro=micro, dropout=0.3, stop_at=None)
     folder = str(tmp_path / "run")
-    two.results(scenarios.fitted, folder=folder, micro=[2, 2], dropout=0.3, stop_at=stop_at)
+    two.results(scenarios.fitted, folder=folder, micro=micro, dropout=0.3, stop_at=stop_at)
     assert len(newest(Path(folder))) == 2
-    again = two.results(scenarios.fitted, folder=folder, micro=[2, 2], dropout=0.3, stop_at=None)
+    again = two.results(scenarios.fitted, folder=folder, micro=micro, dropout=0.3, stop_at=None)
     assert [rank["hash"] for rank in again] == [rank["hash"] for rank in whole]
     assert [rank["losses"] for rank in again] == [rank["losses"] for rank in whole]
 
@@ -69,3 +69,9 @@ def test_what_the_ranks_are_given_differently_is_named(two: Job, what: str) -> N
         assert outcome["error"] == "InvalidArgumentError", outcome
         assert outcome["message"].startswith(f"{what}=")
         assert "must be the same on all ranks, which have" in outcome["message"]
+
+
+def test_an_evaluation_that_fails_on_one_rank_is_known_to_all(two: Job) -> None:
+    zero, one = two.run(scenarios.evaluated, within_s=60.0)
+    assert (one["error"], one["message"]) == ("ValueError", "an unreadable sample")
+    assert (zero["error"], zero["message"]) == ("RankError", "rank 1 failed: ValueError: an unreadable sample")
