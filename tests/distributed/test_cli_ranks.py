@@ -169,7 +169,9 @@ def test_a_command_is_refused(started: list[Ranks]) -> None:
     assert silent == ""
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGTERM, signal.SIGINT))]
+)
 def test_a_rank_that_is_ended_ends_the_other(
     target: str, started: list[Ranks], number: signal.Signals, interruptible: None
 ) -> None:

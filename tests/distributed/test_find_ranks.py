@@ -107,7 +107,7 @@ def test_a_limit_of_time_ends_all_ranks_at_one_size(two: Job) -> None:
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("who", [0, 2])
+@pytest.mark.parametrize("who", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_killed_rank_makes_the_others_fail_at_once(who: int) -> None:
     """The others go on living, so that no end of theirs tells one that waits for another than the dead."""
     job = Job(4)

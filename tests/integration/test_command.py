@@ -209,6 +209,7 @@ def test_a_trial_that_accumulates_holds_the_gradients_of_the_first_micro_batch(l
     assert peaks[5001] - peaks[5000] == pytest.approx(gradient_bytes, rel=0.05)
 
 
+@pytest.mark.slow
 def test_an_effective_batch_from_the_shell_gives_a_command_that_trains(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     card, path = "memory=1GiB,capability=8.0", tmp_path / "result.json"
