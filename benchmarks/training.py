@@ -2,7 +2,8 @@
 
 All train the same small transformer on the CPU with the same effective batch in the same micro-batches. They take
 turns in short blocks, in an order that is drawn anew each round; what is compared is the time from the end of a block's
-first window to the end of its last, so that no start-up counts. The figure is the median over the rounds of the loop's
+first window to the end of its last, so that no start-up counts. A block is within the first 32 windows of a Trainer,
+all of which measure the noise scale; later it is one in four. The figure is the median over the rounds of the loop's
 time divided by the contender's (above 1: faster than by hand), with the 95 % interval of a bootstrap of that median::
 
     python -m benchmarks.training [--rounds 40] [--json FILE]
