@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -67,8 +68,17 @@ def test_the_probe_comes_first_and_its_answer_lasts_to_the_end(little_memory, tm
 def test_gpt2_trains_at_512_without_running_out(cell: str) -> None:
     """In at most 1.2 times the micro-batches that the largest batch of all would need."""
     script = str(Path(__file__).parent / "run_trainer.py")
+    # This session's card is handed on to children; this one has a card of its own.
+    ours = ("AUTOBATCH_VIRTUAL_STATE", "LD_PRELOAD", "LD_LIBRARY_PATH")
+    clean = {name: value for name, value in os.environ.items() if name not in ours} | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, script, cell, "512"], capture_output=True, text=True, timeout=280, check=False, cwd=ROOT
+        [sys.executable, script, cell, "512"],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+        cwd=ROOT,
+        env=clean,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
