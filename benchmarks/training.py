@@ -169,7 +169,7 @@ def transformers(data: TensorDataset) -> Callable[[Clock], None]:
 
     transformers.utils.logging.set_verbosity_error()
     model, optimizer = made()
-    folder = tempfile.mkdtemp()
+    folder = tempfile.TemporaryDirectory()
     clocks: list[Clock] = []
 
     class Clocked(transformers.TrainerCallback):
@@ -181,7 +181,7 @@ def transformers(data: TensorDataset) -> Callable[[Clock], None]:
         return {"input_ids": x, "labels": y}
 
     arguments = transformers.TrainingArguments(
-        folder,
+        folder.name,
         per_device_train_batch_size=MICRO,
         gradient_accumulation_steps=STEPS,
         max_grad_norm=1.0,
@@ -194,6 +194,7 @@ def transformers(data: TensorDataset) -> Callable[[Clock], None]:
     )
 
     def block(clock: Clock) -> None:
+        assert folder  # it lives as long as this function
         clocks[:] = [clock]
         transformers.Trainer(
             model,

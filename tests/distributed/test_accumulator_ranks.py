@@ -2,36 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from tests.distributed import scenarios
 from tests.distributed.launch import Job
 
 pytestmark = pytest.mark.distributed
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Job]:
-    """Two ranks that all tests share but those in which one fails."""
-    job = Job(2)
-    yield job
-    job.close()
-
-
-@pytest.fixture(scope="module")
-def four() -> Iterator[Job]:
-    job = Job(4)
-    yield job
-    job.close()
-
-
-@pytest.fixture
-def doomed() -> Iterator[Job]:
-    job = Job(2)
-    yield job
-    job.close()
 
 
 @pytest.mark.parametrize("kind", ["plain", "ddp", "fsdp"])

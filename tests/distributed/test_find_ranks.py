@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,21 +15,6 @@ pytestmark = [
     pytest.mark.distributed,
     pytest.mark.skipif(sys.platform != "linux", reason="host memory is limited on Linux"),
 ]
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Job]:
-    """Two ranks that all tests share but those in which one dies."""
-    job = Job(2)
-    yield job
-    job.close()
-
-
-@pytest.fixture(scope="module")
-def four() -> Iterator[Job]:
-    job = Job(4)
-    yield job
-    job.close()
 
 
 @pytest.mark.parametrize("limits", [[400, 264], [264, 400]])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,20 +11,6 @@ from tests.distributed import scenarios
 from tests.distributed.launch import Job
 
 pytestmark = pytest.mark.distributed
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Job]:
-    job = Job(2)
-    yield job
-    job.close()
-
-
-@pytest.fixture(scope="module")
-def one() -> Iterator[Job]:
-    job = Job(1)
-    yield job
-    job.close()
 
 
 def test_ranks_train_what_one_process_trains(one: Job, two: Job) -> None:

@@ -10,7 +10,6 @@ from torch import nn
 
 from autobatch import Accumulator, DoesNotFitError
 from autobatch.training.recovery import Recovery
-from autobatch.units import MIB
 from autobatch.virtual.attach import present_state
 from autobatch.virtual.state import refuse_allocations
 from tests.conftest import has_real_gpu
@@ -26,16 +25,6 @@ def made(size: int, told: list[Recovery] | None = None, **options) -> tuple[nn.M
     optimizer = torch.optim.AdamW(model.parameters())
     on_recovery = None if told is None else told.append
     return model, Accumulator(model, optimizer, nn.MSELoss(), micro_batch_size=size, on_recovery=on_recovery, **options)
-
-
-@pytest.fixture
-def little_memory():
-    """64 MiB for this process, and what it has cached given back."""
-    torch.cuda.empty_cache()
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 64 * MIB) / total)
-    yield
-    torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 @pytest.mark.parametrize("windows", [20, pytest.param(200, marks=pytest.mark.slow)])

@@ -15,7 +15,6 @@ from torch import nn
 
 from autobatch import Trainer
 from autobatch.training.events import Event
-from autobatch.units import MIB
 from tests.conftest import has_real_gpu
 
 pytestmark = pytest.mark.gpu
@@ -23,16 +22,6 @@ pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).parent.parent.parent
 TRUTH: dict[str, Any] = json.loads((ROOT / "tests" / "data" / "truth_cells.json").read_text())["cells"]
 FEATURES = 256
-
-
-@pytest.fixture
-def little_memory():
-    """64 MiB for this process, and what it has cached given back."""
-    torch.cuda.empty_cache()
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 64 * MIB) / total)
-    yield
-    torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def test_the_probe_comes_first_and_its_answer_lasts_to_the_end(little_memory, tmp_path: Path) -> None:
