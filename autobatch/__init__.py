@@ -25,15 +25,19 @@ from autobatch.errors import (
     DeviceNotFoundError,
     DeviceQueryError,
     DoesNotFitError,
+    IntegrationError,
     InvalidArgumentError,
+    MissingDependencyError,
     RankError,
     SearchError,
+    UnsupportedTrainerError,
     WorkloadFailedError,
 )
 from autobatch.result import BatchSizeResult, Measurement, Outcome, Trial
 
 if TYPE_CHECKING:
     from autobatch.device.oom import is_oom
+    from autobatch.integrations.tuning import tune
     from autobatch.probe.command import Command
     from autobatch.probe.finder import find
     from autobatch.probe.workload import Workload
@@ -56,6 +60,7 @@ _HOMES = {
     "plan_accumulation": "autobatch.training.plan",
     "NoiseScale": "autobatch.training.noise",
     "scale_lr": "autobatch.training.learning_rate",
+    "tune": "autobatch.integrations.tuning",
     "VirtualGPU": "autobatch.virtual.device",
     "is_oom": "autobatch.device.oom",
 }
@@ -72,14 +77,17 @@ __all__ = [
     "DeviceNotFoundError",
     "DeviceQueryError",
     "DoesNotFitError",
+    "IntegrationError",
     "InvalidArgumentError",
     "Measurement",
+    "MissingDependencyError",
     "NoiseScale",
     "Outcome",
     "RankError",
     "SearchError",
     "Trainer",
     "Trial",
+    "UnsupportedTrainerError",
     "VirtualGPU",
     "Workload",
     "WorkloadFailedError",
@@ -89,6 +97,7 @@ __all__ = [
     "is_oom",
     "plan_accumulation",
     "scale_lr",
+    "tune",
 ]
 
 

@@ -44,6 +44,8 @@ class Extent:
     samples: int
     varies: bool
     """Whether its samples are of different lengths."""
+    ends: str = "dataset"
+    """The proof of an answer that is all there is: ``max_batch_size`` where it was not the data set that ended."""
 
     def cap(self, max_batch_size: int | None, multiple_of: int | str) -> int:
         """The largest batch to ask for: what the data set has, or the caller's own cap.
@@ -62,8 +64,8 @@ def search_within(extent: Extent | None, ask: Ask, confirm: Ask, **options: Any)
     if extent is not None:
         options["max_batch_size"] = extent.cap(asked_most, options["multiple_of"])
     answer = search(ask, confirm, **options)
-    if answer.proof == "max_batch_size" and options["max_batch_size"] != asked_most:
-        return replace(answer, proof="dataset")
+    if extent is not None and answer.proof == "max_batch_size" and options["max_batch_size"] != asked_most:
+        return replace(answer, proof=extent.ends)
     return answer
 
 

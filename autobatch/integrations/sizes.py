@@ -1,0 +1,79 @@
+"""From a trainer's step to the numbers it is given: the largest micro-batch, and as many steps as make the batch."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+from autobatch.errors import InvalidArgumentError, UnsupportedTrainerError
+from autobatch.probe.finder import find
+from autobatch.probe.search_arguments import check_count
+from autobatch.probe.workload import Workload
+from autobatch.result import BatchSizeResult
+from autobatch.training.plan import AccumulationPlan, plan_accumulation
+
+_OURS = frozenset({"workload", "device", "state", "isolate", "per_rank"})
+"""Arguments of find() that a trainer answers by itself."""
+
+
+def check_options(effective_batch_size: int | None, find_options: Mapping[str, Any]) -> None:
+    """Raises InvalidArgumentError for an argument of tune() that is wrong by itself."""
+    if effective_batch_size is not None:
+        check_count("effective_batch_size", effective_batch_size)
+    known = sorted(set(inspect.signature(find).parameters) - _OURS)
+    for name, value in find_options.items():
+        if name not in known:
+            raise InvalidArgumentError(name, value, f"left out: of autobatch.find a trainer takes {', '.join(known)}")
+
+
+def share_of(effective_batch_size: int | None, world_size: int) -> int | None:
+    """The samples of a rank in an optimizer step; None without accumulation.
+
+    Raises:
+        UnsupportedTrainerError: if the ranks cannot have equal shares: other libraries give each the same.
+    """
+    if effective_batch_size is None:
+        return None
+    share, rest = divmod(effective_batch_size, world_size)
+    if rest or not share:
+        nearest = [count * world_size for count in (share, share + 1) if count]
+        raise UnsupportedTrainerError(
+            f"effective_batch_size={effective_batch_size}: must be a multiple of {world_size}, the ranks, which take "
+            f"equal shares; nearest: {' or '.join(map(str, nearest))}"
+        )
+    return share
+
+
+def exact_plan(effective_batch_size: int | None, fits: int, world_size: int) -> AccumulationPlan:
+    """The plan with the fewest steps whose micro-batches are all alike, as other libraries run them, and exact."""
+    if effective_batch_size is None:
+        return plan_accumulation(effective_batch_size=None, micro_batch_size=fits, world_size=world_size)
+    share = effective_batch_size // world_size
+    micro = next(size for size in range(min(fits, share), 0, -1) if share % size == 0)
+    return plan_accumulation(effective_batch_size=effective_batch_size, micro_batch_size=micro, world_size=world_size)
+
+
+def searched(
+    workload: Workload,
+    *,
+    effective_batch_size: int | None,
+    world_size: int,
+    find_options: Mapping[str, Any],
+) -> tuple[BatchSizeResult, AccumulationPlan]:
+    """The largest micro-batch of ``workload`` where it is, and the plan that makes the effective batch of it.
+
+    The result has the plan in its environment, and in its notes.
+    """
+    result = find(workload, device=str(workload.device), **find_options)
+    plan = exact_plan(effective_batch_size, result.batch_size, world_size)
+    known = {"effective_batch_size": plan.effective_batch_size, "accumulation": asdict(plan)}
+    notes = [f"An optimizer step is {plan}."]
+    if plan.micro_batch_size * 2 < min(result.batch_size, plan.effective_batch_size // world_size):
+        notes.append(
+            f"{plan.effective_batch_size} has no divisor near {result.batch_size}, which fit: micro-batches of "
+            f"{plan.micro_batch_size} leave most of the device unused."
+        )
+    environment = {**result.environment, **known}
+    return replace(result, environment=environment, notes=(*result.notes, *notes)), plan
