@@ -104,7 +104,7 @@ def search(
     _find(bracket, first_guess=first_guess, avoid_oom=avoid_oom)
     proof = _proof(bracket, avoid_oom=avoid_oom)
     if settle(bracket, confirm):
-        if not avoid_oom and not bracket.out_of_time():
+        if not avoid_oom:
             regain(bracket, confirm)
         proof = "next_size_failed" if bracket.high == bracket.low + 1 else "stepped_down"
     return SearchAnswer(

@@ -8,6 +8,7 @@ from autobatch.result import Trial
 
 STEP_DOWN = 1 / 33  # a candidate that is not confirmed is stepped down by this part of it
 _SEVERAL = 8  # so many sizes given up in stepping down are worth one more confirmation
+_LITTLE = 1 / 66  # once half was asked for again, this part of the size is not worth another
 
 
 def settle(bracket: Bracket, confirm: Ask) -> bool:
@@ -29,9 +30,14 @@ def settle(bracket: Bracket, confirm: Ask) -> bool:
 
 
 def regain(bracket: Bracket, confirm: Ask) -> None:
-    """Invariant: ``low`` is confirmed, and was stepped down to. Asks for half of what that gave up, once."""
-    if bracket.high is not None and bracket.high - bracket.low > _SEVERAL:
-        middle = (bracket.low + bracket.high) // 2
+    """Invariant: ``low`` is confirmed, and was stepped down to. Halves what that gave up, if it was several sizes, until
+    little is left of it.
+    """
+    several = bracket.high is not None and bracket.high - bracket.low > _SEVERAL
+    while several and bracket.high is not None and not bracket.out_of_time():
+        middle, given_up = (bracket.low + bracket.high) // 2, bracket.rounding.size(bracket.high) - bracket.size
+        if given_up <= _LITTLE * bracket.size or middle == bracket.low:
+            return
         trial = confirm(bracket.rounding.size(middle))
         if trial.fits:
             bracket.low = middle

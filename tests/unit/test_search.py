@@ -210,14 +210,21 @@ def test_stepping_down_loses_little(limit: int, lost: float) -> None:
     assert 0.98 * solid - 5 < answer.batch_size <= solid
 
 
-def test_half_of_what_a_step_down_gave_up_is_asked_for_once_more() -> None:
+def test_what_a_step_down_gave_up_is_halved_until_it_is_little() -> None:
     confirm = Confirm(lambda n: n <= 990)
     answer = search(up_to(1000), confirm, multiple_of=1)
-    assert (confirm.asked, answer.batch_size) == ([1000, 969, 984], 984)
+    assert (confirm.asked, answer.batch_size) == ([1000, 969, 984, 992], 984)
     refused = Confirm(lambda n: n <= 980)
     answer = search(up_to(1000), refused, multiple_of=1)
-    assert (refused.asked, answer.batch_size, answer.smallest_failure) == ([1000, 969, 984], 969, 984)
+    assert (refused.asked, answer.batch_size, answer.smallest_failure) == ([1000, 969, 984, 976], 976, 984)
     assert "984 did not keep fitting either" in answer.notes[-1]
+
+
+@given(solid=st.integers(400, 100_000), lost=st.floats(0, 0.03))
+def test_a_step_down_gives_up_less_than_two_per_cent(solid: int, lost: float) -> None:
+    first = int(solid * (1 + lost))
+    answer = search(up_to(first), Confirm(lambda n: n <= solid), multiple_of=1)
+    assert 0.98 * solid <= answer.batch_size <= solid
 
 
 @pytest.mark.parametrize("options", [{"avoid_oom": True, "capacity_bytes": CAPACITY}, {"multiple_of": 8}])
