@@ -51,17 +51,13 @@ class Ranks:
         self.size: int = 1 if line is None or line.group is None else distributed.get_world_size(line.group)
 
     @classmethod
-    def here(cls, *, within_s: float = WITHIN_S) -> Ranks:
-        """The ranks of the default process group. Its first call for a process group is a collective too.
-
-        Args:
-            within_s: seconds after which a silent rank is given up; what the first call says holds.
-        """
+    def here(cls) -> Ranks:
+        """The ranks of the default process group. Its first call for a process group is a collective too."""
         if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
             return cls()
         world = distributed.group.WORLD
         if world not in _lines:
-            timeout = datetime.timedelta(seconds=within_s)
+            timeout = datetime.timedelta(seconds=WITHIN_S)
             try:
                 _lines[world] = _Line(distributed.new_group(backend="gloo", timeout=timeout))
             except RuntimeError as exc:

@@ -226,7 +226,7 @@ def probe(
     if not options["cache"] or command is not None or (plot_path is not None and sweep is None):
         options["cache"] = None
     with _ended_by_sigterm(), in_job(ctx, of_command=command is not None) as job:
-        options |= job.options(ctx, options)
+        options |= job.options(ctx)
         chosen = Chosen(ctx, job.device(device), any_capability, count, options, effective)
         plot_path = plot_path if job.speaks else None
         if sweep is None:

@@ -49,7 +49,7 @@ class Job:
 
         return place.shared_by(self.local_size) if isinstance(place, HostDevice) else place
 
-    def options(self, ctx: click.Context, options: dict[str, Any]) -> dict[str, Any]:
+    def options(self, ctx: click.Context) -> dict[str, Any]:
         """What is different among several ranks, which agree without the cache."""
         by_default = ctx.get_parameter_source("cache") is click.core.ParameterSource.DEFAULT
         return {"cache": None} if self.size > 1 and by_default else {}

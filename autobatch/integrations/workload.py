@@ -9,6 +9,7 @@ from torch import nn
 
 from autobatch.integrations.loaders import Source
 from autobatch.probe.data import Batches, DatasetBatches, Extent
+from autobatch.probe.forward import device_of
 from autobatch.probe.state import preserved
 from autobatch.probe.workload import Workload
 
@@ -42,8 +43,7 @@ class TrainerWorkload(Workload):
         stateful: Sequence[Any] = (),
         name: str | None = None,
     ) -> None:
-        where = next((str(parameter.device) for parameter in model.parameters()), "cpu")
-        with preserved((), where):  # samples are measured, and may be drawn with random numbers
+        with preserved((), str(device_of(model))):  # samples are measured, and may be drawn with random numbers
             batches = [DatasetBatches(each.dataset, each.collate_fn, None) for each in (source, *evaluation)]
         mode = "both" if evaluation else "train"
         super().__init__(model, sample=batches[0], extra_state=stateful, mode=mode, name=name)

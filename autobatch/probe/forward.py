@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -29,6 +30,12 @@ def forward(
             return output, loss_of(output)
         is_pair = isinstance(batch, (tuple, list)) and len(batch) == 2
         return output, loss_fn(output, batch[1] if is_pair else batch)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the first parameter or buffer is; the host for a model that has none."""
+    first = next(itertools.chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if first is None else first.device
 
 
 def local(model: nn.Module) -> nn.Module:

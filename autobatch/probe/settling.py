@@ -30,8 +30,8 @@ def settle(bracket: Bracket, confirm: Ask) -> bool:
 
 
 def regain(bracket: Bracket, confirm: Ask) -> None:
-    """Invariant: ``low`` is confirmed, and was stepped down to. Halves what that gave up, if it was several sizes, until
-    little is left of it.
+    """Invariant: ``low`` is confirmed, and was stepped down to. Halves what that gave up, if it was several sizes,
+    until little is left of it.
     """
     several = bracket.high is not None and bracket.high - bracket.low > _SEVERAL
     while several and bracket.high is not None and not bracket.out_of_time():

@@ -7,7 +7,6 @@ memory and nothing of searching.
 from __future__ import annotations
 
 import collections
-import itertools
 from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from autobatch.errors import InvalidArgumentError
 from autobatch.probe.batch import move, tensors
 from autobatch.probe.data import Batches, DatasetBatches, Extent, batches_of
 from autobatch.probe.ema import update_of
-from autobatch.probe.forward import forward, local
+from autobatch.probe.forward import device_of, forward, local
 from autobatch.probe.workload_arguments import check_functions, check_model, check_options
 
 
@@ -124,8 +123,7 @@ class Workload:
     @property
     def device(self) -> torch.device:
         """Where the first parameter or buffer is; the host for a model that has none."""
-        first = next(itertools.chain(self.model.parameters(), self.model.buffers()), None)
-        return torch.device("cpu") if first is None else first.device
+        return device_of(self.model)
 
     @property
     def stateful(self) -> tuple[Any, ...]:

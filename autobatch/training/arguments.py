@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from autobatch.errors import InvalidArgumentError
 from autobatch.probe.finder import find
@@ -60,3 +62,24 @@ def check_extra_state(extra_state: Any) -> None:
             raise InvalidArgumentError(f"extra_state[{name!r}]", type(item).__name__, allowed)
         if name in ("scheduler", "scaler", "loss_fn"):
             raise InvalidArgumentError("extra_state", name, "another name: the run has a part of this one")
+
+
+def check_probed(model: Any, optimizer: Any, micro_batch_size: Any) -> bool:
+    """Whether the model is whole on each rank; raises InvalidArgumentError for a micro-batch that cannot be probed."""
+    is_whole = isinstance(model, nn.Module) and not any(hasattr(p, "device_mesh") for p in model.parameters())
+    for where, is_so in {
+        "there are several optimizers": isinstance(optimizer, (list, tuple)),
+        "the model is sharded: find() of a function that builds it tells it": not is_whole,
+    }.items():
+        if micro_batch_size == "auto" and is_so:
+            raise InvalidArgumentError("micro_batch_size", "auto", f"a number where {where}")
+    return is_whole
+
+
+def check_alike(told: Sequence[Mapping[str, Any]], rank: int) -> None:
+    """Raises InvalidArgumentError for an argument that is not the same on all ranks, which have ``told`` theirs."""
+    for name, value in told[rank].items():
+        values = [other[name] for other in told]
+        if any(other != value for other in values):
+            allowed = f"the same on all ranks, which have {', '.join(map(repr, values))}"
+            raise InvalidArgumentError(name, value, allowed)

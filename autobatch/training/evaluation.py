@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,12 +48,6 @@ def evaluate(
     """
     if in_step and len(dataset) < ranks.size:
         raise InvalidArgumentError("dataset", f"{len(dataset)} samples", f"one for each of {ranks.size} ranks, or more")
-    modules = [part for module in passes.modules for part in module.modules()]
-    training = [module for module in modules if module.training]
-    # What is drawn and counted to evaluate is not to change how training goes on.
-    snapshot = Snapshot(passes.modules, passes.devices)
-    for module in passes.modules:
-        module.eval()
     loader = _loader(dataset, ranks, batch_size=batch_size, collate_fn=collate_fn, workers=workers)
     most, own = max(ranks.gather(len(loader))), list[_Sums]()
 
@@ -61,16 +56,28 @@ def evaluate(
         for _ in range(most - len(loader) if in_step else 0):
             passes.loss((collate_fn or default_collate)([dataset[ranks.rank]]))
 
+    with _evaluating(passes):
+        agreed(run)
+    loss, terms, samples = ranks.sums([own[0].loss, own[0].terms, own[0].samples])
+    mean = loss / terms if terms else float("nan")
+    return Evaluation(loss=mean, samples=int(samples), terms=terms, batch_size=own[0].batch_size)
+
+
+@contextlib.contextmanager
+def _evaluating(passes: Passes) -> Iterator[None]:
+    """Inside, modules are in eval mode; what is drawn and counted there does not change how training goes on."""
+    modules = [part for module in passes.modules for part in module.modules()]
+    training = [module for module in modules if module.training]
+    snapshot = Snapshot(passes.modules, passes.devices)
+    for module in passes.modules:
+        module.eval()
     try:
         with torch.no_grad():
-            agreed(run)
+            yield
     finally:
         for module in training:
             module.training = True
         snapshot.restore()
-    loss, terms, samples = ranks.sums([own[0].loss, own[0].terms, own[0].samples])
-    mean = loss / terms if terms else float("nan")
-    return Evaluation(loss=mean, samples=int(samples), terms=terms, batch_size=own[0].batch_size)
 
 
 @dataclass(slots=True)

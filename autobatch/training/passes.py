@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from autobatch.errors import AutobatchWarning, InvalidArgumentError
 from autobatch.probe.batch import move, tensors
-from autobatch.probe.forward import forward
+from autobatch.probe.forward import device_of, forward
 from autobatch.training.split import samples_of
 from autobatch.training.update import Update
 
@@ -60,8 +59,7 @@ class Passes:
     @property
     def device(self) -> torch.device:
         # Asked for every micro-batch: the first one is enough, and a large model has thousands.
-        first = next(itertools.chain(self.model.parameters(), self.model.buffers()), None)
-        return torch.device("cpu") if first is None else first.device
+        return device_of(self.model)
 
     @property
     def devices(self) -> list[torch.device]:

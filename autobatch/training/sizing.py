@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
+from autobatch.errors import InvalidArgumentError
 from autobatch.probe.batch import move
 from autobatch.probe.data import batches_of
 from autobatch.probe.finder import find
@@ -62,6 +63,12 @@ class Wanted:
     effective_batch_size: int | None
     micro_batch_size: int | Literal["auto"]
     eval_batch_size: int | None
+
+    def check(self, ranks: Ranks) -> None:
+        """Raises InvalidArgumentError where a rank would have no sample of a window."""
+        if self.effective_batch_size is not None and self.effective_batch_size < ranks.size:
+            allowed = f"at least {ranks.size}, a sample for each of the ranks"
+            raise InvalidArgumentError("effective_batch_size", self.effective_batch_size, allowed)
 
     def share(self, ranks: Ranks, *, per_rank: bool) -> int | None:
         """The most samples of a rank that a window takes; None without accumulation.

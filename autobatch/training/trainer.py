@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -12,12 +11,20 @@ from torch import Tensor, nn
 
 from autobatch.device.local import resolve_local
 from autobatch.errors import InvalidArgumentError
+from autobatch.probe.forward import device_of
 from autobatch.probe.search_arguments import check_count
 from autobatch.probe.workload_arguments import check_functions
 from autobatch.ranks import Ranks
 from autobatch.result import BatchSizeResult
 from autobatch.training.accumulator import Accumulator
-from autobatch.training.arguments import check_extra_state, check_find_options, check_folder, check_run
+from autobatch.training.arguments import (
+    check_alike,
+    check_extra_state,
+    check_find_options,
+    check_folder,
+    check_probed,
+    check_run,
+)
 from autobatch.training.evaluation import evaluate
 from autobatch.training.events import Callback, Evaluation, Event
 from autobatch.training.feed import Feed, count_samples
@@ -121,15 +128,9 @@ class Trainer:
         check_folder(checkpoint, checkpoint_every)
         check_find_options(find_options)
         check_extra_state(extra_state)
-        is_whole = isinstance(model, nn.Module) and not any(hasattr(p, "device_mesh") for p in model.parameters())
-        for where, is_so in {
-            "there are several optimizers": isinstance(optimizer, (list, tuple)),
-            "the model is sharded: find() of a function that builds it tells it": not is_whole,
-        }.items():
-            if micro_batch_size == "auto" and is_so:
-                raise InvalidArgumentError("micro_batch_size", "auto", f"a number where {where}")
+        is_whole = check_probed(model, optimizer, micro_batch_size)
         if precision == "fp16" and scaler is None and isinstance(model, nn.Module):
-            scaler = torch.amp.GradScaler(_device_of(model).type)
+            scaler = torch.amp.GradScaler(device_of(model).type)
         # Of a sharded model hooks see no gradient.
         self._noise = NoiseScale(every=_NOISE_EVERY) if noise and is_whole else None
         self._loop: Loop | None = None
@@ -235,10 +236,7 @@ class Trainer:
         def checked() -> dict[str, Any]:
             check_count("epochs", epochs)
             check_run(counts={}, numbers={}, flags={"resume": resume})
-            effective = self._wanted.effective_batch_size
-            if effective is not None and effective < self._ranks.size:
-                allowed = f"at least {self._ranks.size}, a sample for each of the ranks"
-                raise InvalidArgumentError("effective_batch_size", effective, allowed)
+            self._wanted.check(self._ranks)
             return {
                 "dataset": f"{count_samples(dataset)} samples",
                 "epochs": epochs,
@@ -257,12 +255,7 @@ class Trainer:
                 "max_grad_norm": self._training["max_grad_norm"],
             }
 
-        told = self._accumulator.agreed(checked)
-        for name, value in told[self._ranks.rank].items():
-            values = [other[name] for other in told]
-            if any(other != value for other in values):
-                allowed = f"the same on all ranks, which have {', '.join(map(repr, values))}"
-                raise InvalidArgumentError(name, value, allowed)
+        check_alike(self._accumulator.agreed(checked), self._ranks.rank)
 
     def _unwatch(self) -> None:
         """Between two runs the user's model has no hook of ours."""
@@ -358,8 +351,3 @@ class Trainer:
             batch_size=result,
             noise_scale=None if self._noise is None else self._noise.batch_size,
         )
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    first = next(itertools.chain(model.parameters(), model.buffers()), None)
-    return torch.device("cpu") if first is None else first.device
