@@ -13,6 +13,7 @@ _HOLDS = {
     "answers": "answers_virtual.json: what autobatch answers in every cell, against the truth",
     "virtual": "peers_virtual.json, rows: the peers in the same cells",
     "growth": "peers_virtual.json, growth: trials by the size of the card",
+    "tune": "peers_tune.json: tune() and the finders of the libraries whose trainers it is for, in those trainers",
     "host": "peers_host.json: the peers on host memory under a limit",
 }
 

@@ -1,9 +1,10 @@
 """The same workloads through autobatch and through what else finds a batch size.
 
 Once on virtual cards (``peers_virtual.json``: the cells of ``benchmarks/cells.py``, and how the number of trials grows
-from 4 to 640 GiB), once on real host memory under a limit (``peers_host.json``)::
+from 4 to 640 GiB; ``peers_tune.json``: in the trainers of other libraries), once on real host memory under a limit
+(``peers_host.json``)::
 
-    python -m benchmarks.peers virtual|growth|host [--cells CELL ...] [--peers PEER ...] [--json FILE] [--table]
+    python -m benchmarks.peers virtual|growth|tune|host [--cells CELL ...] [--peers PEER ...] [--json FILE] [--table]
 
 A cell has a process of its own, which has imported everything before any clock starts; each peer, and each training in
 a fresh process, is a fork of it (``benchmarks/measure.py``). What a peer tries, how often it fails and how many samples
@@ -33,7 +34,7 @@ from autobatch.virtual.catalog import find_card
 from benchmarks import cells
 from benchmarks.answers import truth
 from benchmarks.measure import Place, environment, largest_surviving, measure
-from benchmarks.searches import PEERS, import_all
+from benchmarks.searches import ALL, PEERS, TUNERS, import_all
 from benchmarks.tables import growth_table, table
 from tests.workloads import host
 
@@ -62,6 +63,11 @@ KINDS = {
         peers=("autobatch", "autobatch exact", "doubling"),
         file="peers_virtual.json",
         part="growth",
+    ),
+    "tune": Kind(
+        cells=("gpt2-40", "resnet50-24"),
+        peers=(*TUNERS, "HF Trainer", "Lightning power", "Lightning binsearch", "accelerate"),
+        file="peers_tune.json",
     ),
     "host": Kind(cells=("mlp", "convolutions", "attention"), peers=tuple(PEERS), file="peers_host.json"),
 }
@@ -95,8 +101,8 @@ def rows_here(
     find_truth: bool = False,
 ) -> list[dict[str, Any]]:
     """One row for each peer, measured by forks of this process; the truth too, if it is to be found here."""
-    takers = [name for name in peers if PEERS[name].takes(build.__name__)]
-    rows = [measure(name, PEERS[name], build, place) for name in takers]
+    takers = [name for name in peers if ALL[name].takes(build.__name__)]
+    rows = [measure(name, ALL[name], build, place) for name in takers]
     if find_truth:
         solid = largest_surviving(build, place, [row["answer"] for row in rows if row.get("answer")])
     ratios = [round(row["answer"] / solid, 4) if solid and row.get("answer") else None for row in rows]
@@ -169,7 +175,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=KINDS)
     parser.add_argument("--cells", nargs="+", default=[], metavar="CELL")
-    parser.add_argument("--peers", nargs="+", default=[], choices=PEERS, metavar="PEER")
+    parser.add_argument("--peers", nargs="+", default=[], choices=ALL, metavar="PEER")
     parser.add_argument("--json", type=Path, help="the file to write, and to add to (benchmarks/results/peers_*.json)")
     parser.add_argument("--table", action="store_true", help="only print what the file holds")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)

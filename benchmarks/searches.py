@@ -7,21 +7,17 @@ know. toma is not a dependency: its published rule, halving after a failure, is 
 from __future__ import annotations
 
 import contextlib
-import logging
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 from autobatch.device.oom import is_oom
-from autobatch.probe.forward import forward
+from autobatch.result import BatchSizeResult
 from benchmarks.measure import STEPS, STEPS_AFTER, Found, Peer, Task
+from benchmarks.trainers import START_OF_LANGUAGE_MODELS, lightning_module, lightning_trainer, transformers_trainer
 
 START = 2048
 """A power of two above every answer in the cells (1901) and on the host."""
-START_OF_LANGUAGE_MODELS = 256
-"""Likewise for the models of transformers (185)."""
 LANGUAGE_MODELS = ("gpt2", "bert", "llama")
-_ENDLESS = 10**9
 
 
 def _autobatch(live: bool, **settings: Any) -> Callable[[Task], Found]:
@@ -30,21 +26,27 @@ def _autobatch(live: bool, **settings: Any) -> Callable[[Task], Found]:
 
         source = task.workload if live else task.build
         result = autobatch.find(source, device=task.place.device, memory_limit=task.place.limit_bytes, **settings)
-        ran = (*result.trials, *result.confirmation)
-        measured = [trial.measurement.alloc_retries for trial in ran if trial.measurement is not None]
-        counts = {
-            "trials": result.trial_count,
-            "failures": result.oom_count,
-            "samples": result.samples_processed,
-            "samples_confirming": sum(trial.batch_size * trial.steps for trial in result.confirmation),
-            "seconds_confirming": round(sum(trial.duration_s for trial in result.confirmation), 2),
-            "asked": [f"{trial.batch_size}{'' if trial.fits else 'x'}" for trial in ran],
-        }
+        counts = _counts(result)
         if not live:
+            ran = (*result.trials, *result.confirmation)
+            measured = [trial.measurement.alloc_retries for trial in ran if trial.measurement is not None]
             counts["retries"] = sum(known) if (known := [n for n in measured if n is not None]) else None
         return Found(answer=result.batch_size, go_on=lambda: task.train(result.batch_size, STEPS_AFTER), counts=counts)
 
     return search
+
+
+def _counts(result: BatchSizeResult) -> dict[str, Any]:
+    """What a result knows better than the training loop, whose trials run elsewhere or are put back."""
+    ran = (*result.trials, *result.confirmation)
+    return {
+        "trials": result.trial_count,
+        "failures": result.oom_count,
+        "samples": result.samples_processed,
+        "samples_confirming": sum(trial.batch_size * trial.steps for trial in result.confirmation),
+        "seconds_confirming": round(sum(trial.duration_s for trial in result.confirmation), 2),
+        "asked": [f"{trial.batch_size}{'' if trial.fits else 'x'}" for trial in ran],
+    }
 
 
 def _start(task: Task) -> int:
@@ -108,112 +110,56 @@ def _lightning(mode: str) -> Callable[[Task], Found]:
     """``Tuner.scale_batch_size`` as it is, then ``fit`` of the same trainer."""
 
     def search(task: Task) -> Found:
-        import lightning
         from lightning.pytorch.tuner import Tuner
 
-        _quiet("lightning.pytorch", "lightning.fabric")
-        precision = {"bf16": "bf16-mixed", "fp16": "16-mixed"}.get(task.workload.precision or "", "32-true")
-        trainer = lightning.Trainer(
-            accelerator="cpu" if task.place.device == "cpu" else "gpu",
-            devices=1,
-            precision=precision,
-            max_steps=STEPS_AFTER,
-            default_root_dir=".",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        module = _lightning_module(task)
+        trainer, module = lightning_trainer(task), lightning_module(task)
         answer = Tuner(trainer).scale_batch_size(module, mode=mode, steps_per_trial=STEPS)
         return Found(answer=answer, go_on=lambda: trainer.fit(module))
 
     return search
 
 
-def _lightning_module(task: Task) -> Any:
-    import lightning
-    import torch
-
-    workload = task.workload
-
-    class Module(lightning.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model, self.batch_size = workload.model, 1
-
-        def training_step(self, batch: Any, index: int) -> Any:
-            _, loss = forward(workload.model, workload.loss_fn, batch, precision=workload.precision, device=self.device)
-            return loss
-
-        def configure_optimizers(self) -> Any:
-            return workload.optimizer
-
-        def train_dataloader(self) -> Any:
-            return torch.utils.data.DataLoader(
-                range(_ENDLESS), batch_size=self.batch_size, collate_fn=lambda items: workload.sample(len(items))
-            )
-
-        def on_train_start(self) -> None:
-            task.attempt(self.batch_size)
-
-        def on_train_batch_end(self, *_: Any) -> None:
-            task.step()
-
-    return Module()
-
-
 def _transformers(task: Task) -> Found:
     """A real Trainer with ``auto_find_batch_size``; training on is a second ``train()`` at the size found."""
-    import transformers
-
-    _quiet("transformers")
-    workload = task.workload
-
-    class Counter(transformers.TrainerCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            task.attempt(state.train_batch_size)
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            task.step()
-
-    arguments = transformers.TrainingArguments(
-        output_dir=".",
-        per_device_train_batch_size=START_OF_LANGUAGE_MODELS,
-        auto_find_batch_size=True,
-        max_steps=STEPS,
-        bf16=workload.precision == "bf16",
-        max_grad_norm=0,  # the workloads clip nothing
-        save_strategy="no",
-        logging_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-        use_cpu=task.place.device == "cpu",
-    )
-    trainer = transformers.Trainer(
-        model=workload.model,
-        args=arguments,
-        train_dataset=range(START_OF_LANGUAGE_MODELS * (STEPS_AFTER + 1)),  # type: ignore[arg-type]
-        data_collator=lambda items: workload.sample(len(items)),
-        optimizers=(workload.optimizer, None),
-        callbacks=[Counter()],
-    )
+    trainer = transformers_trainer(task, auto_find_batch_size=True, max_steps=STEPS)
     trainer.train()
     answer = task.attempts[-1][0]
 
     def go_on() -> None:
-        arguments.auto_find_batch_size, arguments.max_steps = False, STEPS_AFTER
+        trainer.args.auto_find_batch_size, trainer.args.max_steps = False, STEPS_AFTER
         trainer.train()
 
     return Found(answer=answer, go_on=go_on)
 
 
-def _quiet(*names: str) -> None:
-    warnings.simplefilter("ignore")
-    for name in names:
-        logging.getLogger(name).setLevel(logging.ERROR)
+def _tuned_transformers(task: Task) -> Found:
+    """The same Trainer through ``tune()``, then ``train()``."""
+    import autobatch
+
+    trainer = transformers_trainer(task, max_steps=STEPS_AFTER)
+    result = autobatch.tune(trainer, memory_limit=task.place.limit_bytes)
+    return Found(answer=result.batch_size, go_on=trainer.train, counts=_counts(result))
+
+
+def _tuned_lightning(task: Task) -> Found:
+    """The same trainer as for its own finder through ``tune()``, then ``fit()``."""
+    import autobatch
+
+    trainer, module = lightning_trainer(task), lightning_module(task)
+    result = autobatch.tune(trainer, module, memory_limit=task.place.limit_bytes)
+    return Found(answer=result.batch_size, go_on=lambda: trainer.fit(module), counts=_counts(result))
+
+
+def _executable(task: Task) -> Found:
+    """Our decorator in the place of accelerate's, from the same size."""
+    from autobatch.integrations.accelerate import find_executable_batch_size
+
+    @find_executable_batch_size(starting_batch_size=_start(task))
+    def train(batch_size: int) -> int:
+        task.train(batch_size)
+        return batch_size
+
+    return _plain(task, train())
 
 
 def import_all() -> None:
@@ -248,3 +194,15 @@ PEERS = {
     ),
     "toma": Peer(search=_toma, about=f"its rule, halving, from {_STARTS}"),
 }
+TUNERS = {
+    "tune transformers": Peer(
+        search=_tuned_transformers,
+        about="tune(transformers.Trainer)",
+        limits_itself=True,
+        takes=lambda workload: workload in LANGUAGE_MODELS,
+    ),
+    "tune Lightning": Peer(search=_tuned_lightning, about="tune(lightning.Trainer, module)", limits_itself=True),
+    "find_executable_batch_size": Peer(search=_executable, about=f"ours, from {_STARTS}"),
+}
+"""autobatch in the trainers that the libraries' own finders are measured in."""
+ALL = PEERS | TUNERS

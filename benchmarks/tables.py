@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.searches import PEERS
+from benchmarks.searches import ALL
 
 _HEAD = (
     "peer",
@@ -28,7 +28,7 @@ _DIGITS = (1, 1, 2, 1, 1, 1, 1)
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """A line for each peer, in Markdown: medians over the cells where it came to an answer."""
     lines = [_HEAD, ("---",) * len(_HEAD)]
-    for name in PEERS:
+    for name in ALL:
         of = [row for row in rows if row["peer"] == name]
         if of:
             lines.append((name, *_summary(of)))

@@ -15,14 +15,14 @@ pytestmark = pytest.mark.slow
 LIMIT_BYTES = 512 * MIB
 
 
-def survives(builder: object, size: int, times: int = 3) -> list[bool]:
-    """Whether 20 steps of ``size`` end well, in fresh processes."""
+def survives(builder: object, size: int, histories: tuple[tuple[int, ...], ...] = ((), (), ())) -> list[bool]:
+    """Whether 20 steps of ``size`` end well in fresh processes, after two steps each of the sizes of a history."""
     outcomes = []
-    for _ in range(times):
+    for before in histories:
         executor = ChildExecutor(builder, HostDevice(memory_limit_bytes=LIMIT_BYTES).isolation())
         try:
             executor.setting()
-            request = TrialRequest(batch_size=size, steps=20, limit_bytes=LIMIT_BYTES)
+            request = TrialRequest(batch_size=size, steps=20, limit_bytes=LIMIT_BYTES, sizes_before=before)
             outcomes.append(executor.run(request).trial.outcome is Outcome.FITS)
         finally:
             executor.close()
@@ -36,4 +36,7 @@ def test_the_answer_is_within_two_per_cent_of_the_truth_and_never_above(builder:
     print(result)
     assert all(survives(builder, result.batch_size))
     above = result.batch_size + max(1, int(0.02 * result.batch_size)) + 1
-    assert not all(survives(builder, above))
+    # After one sample the convolutions' library keeps 12 MiB for good (2.3 % of this limit), which an answer must
+    # survive: there the truth is what survives that too.
+    after_small = ((1, 1),) if builder is host.convolutions else ()
+    assert not all(survives(builder, above, ((), (), (), *after_small)))
