@@ -8,6 +8,9 @@ else
   RUN := $(VENV)/bin/python
 endif
 PYTEST := $(RUN) -m pytest -q
+# Tests in parallel, a file at a time; a real GPU is for one of them alone.
+WORKERS ?= 2
+PARALLEL := -n $(WORKERS) --dist loadfile
 
 .PHONY: demo check test slow fix gpu bench clean
 
@@ -20,8 +23,8 @@ check: $(READY)  ## format, lint, types
 	$(RUN) -m mypy
 
 test: $(READY)  ## all tests but the slow ones
-	$(PYTEST) -m "not gpu and not gpu_values and not slow"
-	$(PYTEST) -m "gpu and not slow"
+	$(PYTEST) $(PARALLEL) -m "not gpu and not gpu_values and not slow"
+	$(PYTEST) $(PARALLEL) -m "gpu and not slow"
 
 slow: $(READY)
 	$(PYTEST) -m "slow and not gpu and not gpu_values"

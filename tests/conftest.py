@@ -52,7 +52,9 @@ def has_real_gpu() -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if _only_gpu_tests(config) and not has_real_gpu() and present_state() is None:
+    # Where tests run in workers, each attaches a card of its own: what their starter has, they would share.
+    runs_tests = hasattr(config, "workerinput") or not config.getoption("numprocesses", None)
+    if runs_tests and _only_gpu_tests(config) and not has_real_gpu() and present_state() is None:
         attach(CARD)
 
 
