@@ -6,10 +6,12 @@ or by naming files under ``tests/gpu``), because a process that has a GPU is ano
 
 from __future__ import annotations
 
+import gc
 import glob
 import itertools
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,6 +38,17 @@ def _answers_of_this_module(tmp_path_factory: pytest.TempPathFactory) -> Iterato
 def _answers_of_this_test(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test finds the answer of another, nor leaves one in the user's own cache."""
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path_factory.mktemp("answers")))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _nothing_stays_on_the_gpu() -> Iterator[None]:
+    """Streams' workspaces and graphs' pools of one module are no part of what the next one measures."""
+    yield
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        gc.collect()
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture
