@@ -22,7 +22,7 @@ from autobatch.errors import InvalidArgumentError, WorkloadFailedError
 from autobatch.hook import TRIAL_VARIABLE, python_path
 from autobatch.probe.command import Command, tracker_variables
 from autobatch.probe.command_run import Ending, Trace, run
-from autobatch.probe.command_verdict import SHRANK, attempt_of
+from autobatch.probe.command_verdict import SHRANK, attempt_of, is_end_of_data
 from autobatch.probe.executor import Setting, describe
 from autobatch.probe.isolation import ChildExecutor
 from autobatch.probe.processes import out_of_memory_kills
@@ -104,7 +104,11 @@ class CommandExecutor:
     def completed(self, result: BatchSizeResult) -> BatchSizeResult:
         """``result`` with what only the runs have told."""
         environment = {**result.environment, "ranks": self._ranks}
-        return replace(result, environment=environment, notes=(*result.notes, *self._notes()))
+        # Only here: a process that trains live objects knows its data set before it is asked.
+        next_one = [trial for trial in result.trials if trial.batch_size == result.smallest_failure]
+        ended = result.proof == "next_size_failed" and any(is_end_of_data(trial) for trial in next_one)
+        found = replace(result, proof="dataset", smallest_failure=None) if ended else result
+        return replace(found, environment=environment, notes=(*result.notes, *self._notes()))
 
     def _notes(self) -> tuple[str, ...]:
         """What to know of the answer, in sentences."""

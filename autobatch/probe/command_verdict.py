@@ -14,6 +14,8 @@ from autobatch.result import Measurement, Outcome, Trial
 
 SHRANK = "the command caught it and went on: its own batch shrank"
 
+_ONLY = "its data set has only"
+_ENDED = "it ended without a step, as one does whose data set is smaller than the batch"
 _NOT_REACHED = "autobatch reached no Python process of it (a flag -I, -E or -S, an `env -i`, or no Python in it?)"
 _WORST_FIRST = (Outcome.OOM, Outcome.LIMIT, Outcome.OVER_HEADROOM, Outcome.THRASHED, Outcome.FITS)
 
@@ -48,12 +50,17 @@ def attempt_of(request: TrialRequest, ending: Ending, *, kind: str, killed: bool
     return _measured(request, ending, trained, kind)
 
 
+def is_end_of_data(trial: Trial) -> bool:
+    """Whether a command's ``trial`` failed because its data set has no more samples."""
+    return trial.outcome is Outcome.LIMIT and trial.message.startswith((_ONLY, _ENDED))
+
+
 def _measured(request: TrialRequest, ending: Ending, trained: list[Record], kind: str) -> Attempt:
     if kind == "cuda" and not any(str(record["device"]).startswith("cuda") for record in trained):
         _fail(request, ending, "it trained on the CPU, not on the GPU: say on its command line where it should")
     shares = [record["samples"] for record in trained if record.get("samples") is not None]
     if shares and max(shares) < request.batch_size:
-        message = f"its data set has only {max(shares)} samples"
+        message = f"{_ONLY} {max(shares)} samples"
         return Attempt(trial=_trial(request, trained, Tier.LIMIT, message))
     return Attempt(trial=_trial(request, trained, None, ""))
 
@@ -73,8 +80,7 @@ def _without_measurement(
         how = "" if ending.code is None else f"it ended with exit code {ending.code}, and "
         _fail(request, ending, f"{how}{_NOT_REACHED}")
     if ending.code == 0 and smaller_fitted:
-        message = "it ended without a step, as one does whose data set is smaller than the batch"
-        return Attempt(trial=_trial(request, [], Tier.LIMIT, message))
+        return Attempt(trial=_trial(request, [], Tier.LIMIT, _ENDED))
     told = [record["failure"] for record in ending.records if "failure" in record]
     reason = f": {told[0]['type']}: {told[0]['message']}" if told else ""
     if any(record["steps"] for record in ending.records):

@@ -267,6 +267,14 @@ def test_a_data_set_that_ends_is_no_larger_batch(log):
     assert (trial.outcome, trial.message) == (Outcome.LIMIT, "its data set has only 100 samples")
 
 
+@pytest.mark.slow
+def test_a_search_that_ends_at_the_data_says_so():
+    words = [sys.executable, str(SCRIPTS / "plain.py"), *SIZES, "--samples", "40", "--features", "8"]
+    result = find(Command(words), device="cpu", memory_limit="1GiB", cache=False)
+    assert (result.batch_size, result.proof, result.smallest_failure) == (40, "dataset", None)
+    assert "the data set has no more samples" in result.conclusion
+
+
 def build_plain(device: str) -> Workload:
     model = plain.model_of(1024, device)
 
