@@ -53,6 +53,9 @@ SHIMS = {
     "crt/host_config.h": "",
     "nv/target": "",
     "cuda_runtime.h": "#include <cuda_runtime_api.h>\n",
+    # cusparseLt's header of torch 2.11 asks for C++'s names of C's headers.
+    "cstddef": "#include <stddef.h>\n",
+    "cstdint": "#include <stdint.h>\n",
 }
 
 # Called by torch, and in no header for C.
