@@ -113,19 +113,29 @@ class Peer:
     """True where the search builds the workload elsewhere, so that there is none of the caller's meanwhile."""
     takes: Callable[[str], bool] = lambda workload: True
     """Whether it can be given the workload of this name."""
+    trains: Callable[[Task, int, int], Any] = Task.train
+    """Trains on the workload with batches of so many samples for so many steps, as one that starts afresh does."""
 
 
 def measure(name: str, peer: Peer, build: Callable[..., Any], place: Place) -> dict[str, Any]:
     """Everything that is told of ``peer`` in one cell; ``error`` where it came to no answer."""
     row = {"peer": name, **forked(lambda: _searched(peer, Task(build=build, place=place)))}
     if row.get("answer"):
-        row["survives_fresh"] = survives(build, place, row["answer"])
+        row["survives_fresh"] = survives(build, place, row["answer"], trains=peer.trains)
     return row
 
 
 @functools.cache
-def survives(build: Callable[..., Any], place: Place, size: int, history: str = "fresh") -> bool | None:
-    """Whether plain training at ``size`` gets through its steps in a new process; None if it failed otherwise.
+def survives(
+    build: Callable[..., Any],
+    place: Place,
+    size: int,
+    history: str = "fresh",
+    *,
+    trains: Callable[[Task, int, int], Any] = Task.train,
+) -> bool | None:
+    """Whether training at ``size``, plain unless ``trains`` is given, gets through its steps in a new process; None if
+    it failed otherwise.
 
     ``history`` is what the process did before: nothing, two steps of one sample, or one failed attempt, as in
     ``benchmarks/truth.py``.
@@ -139,7 +149,7 @@ def survives(build: Callable[..., Any], place: Place, size: int, history: str = 
             elif history == "failed":
                 _survived(lambda: task.train(size + size // 2, 1))
                 task.clean_up()
-            return {"survives": _survived(lambda: task.train(size, STEPS_AFTER))}
+            return {"survives": _survived(lambda: trains(task, size, STEPS_AFTER))}
 
     return forked(run).get("survives")
 

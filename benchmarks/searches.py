@@ -200,8 +200,14 @@ TUNERS = {
         about="tune(transformers.Trainer)",
         limits_itself=True,
         takes=lambda workload: workload in LANGUAGE_MODELS,
+        trains=lambda task, size, steps: transformers_trainer(task, size, max_steps=steps).train(),
     ),
-    "tune Lightning": Peer(search=_tuned_lightning, about="tune(lightning.Trainer, module)", limits_itself=True),
+    "tune Lightning": Peer(
+        search=_tuned_lightning,
+        about="tune(lightning.Trainer, module)",
+        limits_itself=True,
+        trains=lambda task, size, steps: lightning_trainer(task, steps).fit(lightning_module(task, size)),
+    ),
     "find_executable_batch_size": Peer(search=_executable, about=f"ours, from {_STARTS}"),
 }
 """autobatch in the trainers that the libraries' own finders are measured in."""

@@ -7,6 +7,7 @@ import warnings
 from typing import Any
 
 from autobatch.probe.forward import forward
+from autobatch.probe.state import preserved
 from benchmarks.measure import STEPS_AFTER, Task
 
 START_OF_LANGUAGE_MODELS = 256
@@ -14,8 +15,8 @@ START_OF_LANGUAGE_MODELS = 256
 _ENDLESS = 10**9
 
 
-def lightning_trainer(task: Task) -> Any:
-    """A Trainer that ends after the steps that an answer must survive, and writes nothing."""
+def lightning_trainer(task: Task, steps: int = STEPS_AFTER) -> Any:
+    """A Trainer that ends after ``steps``, and writes nothing."""
     import lightning
 
     quiet("lightning.pytorch", "lightning.fabric")
@@ -23,7 +24,7 @@ def lightning_trainer(task: Task) -> Any:
         accelerator="cpu" if task.place.device == "cpu" else "gpu",
         devices=1,
         precision={"bf16": "bf16-mixed", "fp16": "16-mixed"}.get(task.workload.precision or "", "32-true"),
-        max_steps=STEPS_AFTER,
+        max_steps=steps,
         default_root_dir=".",
         logger=False,
         enable_checkpointing=False,
@@ -32,7 +33,7 @@ def lightning_trainer(task: Task) -> Any:
     )
 
 
-def lightning_module(task: Task) -> Any:
+def lightning_module(task: Task, batch_size: int = 1) -> Any:
     import lightning
     import torch
 
@@ -41,7 +42,7 @@ def lightning_module(task: Task) -> Any:
     class Module(lightning.LightningModule):
         def __init__(self) -> None:
             super().__init__()
-            self.model, self.batch_size = workload.model, 1
+            self.model, self.batch_size = workload.model, batch_size
 
         def training_step(self, batch: Any, index: int) -> Any:
             _, loss = forward(workload.model, workload.loss_fn, batch, precision=workload.precision, device=self.device)
@@ -64,8 +65,10 @@ def lightning_module(task: Task) -> Any:
     return Module()
 
 
-def transformers_trainer(task: Task, **arguments: Any) -> Any:
-    """A Trainer whose ``arguments`` say how long it runs."""
+def transformers_trainer(task: Task, batch_size: int = START_OF_LANGUAGE_MODELS, **arguments: Any) -> Any:
+    """A Trainer whose ``arguments`` say how long it runs. That it seeds everything when it is made is not its finder's
+    doing.
+    """
     import transformers
 
     quiet("transformers")
@@ -78,27 +81,28 @@ def transformers_trainer(task: Task, **arguments: Any) -> Any:
         def on_step_end(self, *_: Any, **__: Any) -> None:
             task.step()
 
-    return transformers.Trainer(
-        model=workload.model,
-        args=transformers.TrainingArguments(
-            output_dir=".",
-            per_device_train_batch_size=START_OF_LANGUAGE_MODELS,
-            bf16=workload.precision == "bf16",
-            max_grad_norm=0,  # the workloads clip nothing
-            save_strategy="no",
-            logging_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            dataloader_pin_memory=False,
-            use_cpu=task.place.device == "cpu",
-            **arguments,
-        ),
-        train_dataset=range(START_OF_LANGUAGE_MODELS * (STEPS_AFTER + 1)),  # type: ignore[arg-type]
-        data_collator=lambda items: workload.sample(len(items)),
-        optimizers=(workload.optimizer, None),
-        callbacks=[Counter()],
-    )
+    with preserved((), task.place.device):
+        return transformers.Trainer(
+            model=workload.model,
+            args=transformers.TrainingArguments(
+                output_dir=".",
+                per_device_train_batch_size=batch_size,
+                bf16=workload.precision == "bf16",
+                max_grad_norm=0,  # the workloads clip nothing
+                save_strategy="no",
+                logging_strategy="no",
+                report_to=[],
+                disable_tqdm=True,
+                remove_unused_columns=False,
+                dataloader_pin_memory=False,
+                use_cpu=task.place.device == "cpu",
+                **arguments,
+            ),
+            train_dataset=range(START_OF_LANGUAGE_MODELS * (STEPS_AFTER + 1)),  # type: ignore[arg-type]
+            data_collator=lambda items: workload.sample(len(items)),
+            optimizers=(workload.optimizer, None),
+            callbacks=[Counter()],
+        )
 
 
 def quiet(*names: str) -> None:
