@@ -21,8 +21,12 @@ class Source:
     """What the loader draws at once now."""
 
 
-def source_of(loader: Any, name: str = "the training loader") -> Source:
+def source_of(loader: Any, name: str = "the training loader", *, remade: bool = False) -> Source:
     """What ``loader`` draws from, without drawing anything.
+
+    Args:
+        remade: whether its owner makes another loader for another batch size, so that a batch sampler of any kind will
+            do that says how many samples it draws.
 
     Raises:
         UnsupportedTrainerError: if it cannot be given a batch size, or if no worst batch can be made of its samples.
@@ -40,7 +44,7 @@ def source_of(loader: Any, name: str = "the training loader") -> Source:
     sampler = _innermost(loader)
     if sampler is None:
         raise UnsupportedTrainerError(f"{name} has batch_size=None: its samples are not put into batches")
-    if not isinstance(sampler, BatchSampler) or not _takes_batch_size(sampler):
+    if not isinstance(sampler, BatchSampler) or not (remade or _takes_batch_size(sampler)):
         raise UnsupportedTrainerError(
             f"{name} has a batch sampler of its own, {type(sampler).__name__}, which cannot be given a batch size; "
             "it must be torch's BatchSampler"
@@ -53,9 +57,11 @@ def set_batch_size(loader: DataLoader[Any], batch_size: int) -> None:
 
     It is changed in place: whoever holds it, a prepared loader around it or a trainer, draws with the new size.
     """
-    sampler = _innermost(loader)
-    assert sampler is not None, "checked by source_of()"
-    sampler.batch_size = batch_size
+    sampler: Any = loader.batch_sampler
+    while sampler is not None:
+        if hasattr(sampler, "batch_size"):  # one that shares batches out over ranks has noted how large they are
+            sampler.batch_size = batch_size
+        sampler = getattr(sampler, "batch_sampler", None)
     # A loader refuses assignment, for its batch sampler would not know; here it does, and whoever makes another loader
     # of this one reads it.
     if loader.batch_size is not None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
 from autobatch.errors import InvalidArgumentError, UnsupportedTrainerError
 from autobatch.probe.finder import find
+from autobatch.probe.rounding import Rounding
 from autobatch.probe.search_arguments import check_count
 from autobatch.probe.workload import Workload
 from autobatch.result import BatchSizeResult
@@ -61,16 +62,23 @@ def searched(
     effective_batch_size: int | None,
     world_size: int,
     find_options: Mapping[str, Any],
+    plan_of: Callable[[int], AccumulationPlan] | None = None,
 ) -> tuple[BatchSizeResult, AccumulationPlan]:
     """The largest micro-batch of ``workload`` where it is, and the plan that makes the effective batch of it.
 
-    The result has the plan in its environment, and in its notes.
+    The result has the plan in its environment, and in its notes. ``plan_of`` makes it of the samples that fit, where it
+    is not to be :func:`exact_plan`.
     """
+    share = None if effective_batch_size is None else effective_batch_size // world_size
+    if share is not None and Rounding().down(share) != share:
+        find_options = {"multiple_of": 1, **find_options}  # a round number would be less than a window that fits
     result = find(workload, device=str(workload.device), **find_options)
-    plan = exact_plan(effective_batch_size, result.batch_size, world_size)
+    make_plan = plan_of or (lambda fits: exact_plan(effective_batch_size, fits, world_size))
+    plan = make_plan(result.batch_size)
     known = {"effective_batch_size": plan.effective_batch_size, "accumulation": asdict(plan)}
     notes = [f"An optimizer step is {plan}."]
-    if plan.micro_batch_size * 2 < min(result.batch_size, plan.effective_batch_size // world_size):
+    most = min(result.batch_size, plan.effective_batch_size // world_size)
+    if plan_of is None and plan.micro_batch_size * 2 < most:
         notes.append(
             f"{plan.effective_batch_size} has no divisor near {result.batch_size}, which fit: micro-batches of "
             f"{plan.micro_batch_size} leave most of the device unused."

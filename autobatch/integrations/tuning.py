@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Protocol
 
-from autobatch.errors import AutobatchWarning, MissingDependencyError, UnsupportedTrainerError
+from autobatch.errors import AutobatchWarning, UnsupportedTrainerError
+from autobatch.integrations.missing import needed
 from autobatch.integrations.sizes import check_options
 from autobatch.result import BatchSizeResult
 
@@ -23,8 +24,6 @@ _LIBRARIES = {
     "ignite": "ignite",
 }
 """The library in which a class of the trainer is written, and our integration of it."""
-
-_EXTRAS = {"transformers": "hf", "lightning": "lightning", "accelerate": "accelerate", "ignite": "ignite"}
 
 
 class Integration(Protocol):
@@ -112,13 +111,8 @@ def load(library: str) -> Any:
     Raises:
         MissingDependencyError: naming the extra to install, if the library is not here.
     """
-    try:
+    with needed(library):
         return importlib.import_module(f"autobatch.integrations.{library}")
-    except ImportError as exc:
-        extra = _EXTRAS[library]
-        raise MissingDependencyError(
-            f"{library} cannot be imported ({exc}): pip install 'autobatch-torch[{extra}]'"
-        ) from exc
 
 
 def _integration_of(trainer: Any) -> Integration:

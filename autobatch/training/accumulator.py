@@ -172,6 +172,26 @@ class Accumulator:
         )
 
     @property
+    def stateful(self) -> tuple[Any, ...]:
+        """Modules, optimizers and scaler: what :meth:`rehearse` changes."""
+        return (*self._passes.modules, *self._update.stateful)
+
+    def rehearse(self, batches: Sequence[Any]) -> None:
+        """A step of this rank alone, as a probe tries it, with each of ``batches`` as a micro-batch.
+
+        Running out of memory is an error as any other. Nothing is counted, and the scheduler stays where it is: a
+        schedule ends.
+        """
+        parts = [self._passes.counted(batch) for batch in batches]
+        terms = sum(part.terms for part in parts)
+        try:
+            for part in parts:
+                self._passes.run([part], terms, self._update, watched=False)
+            self._update.apply(schedules=False)
+        finally:
+            self._update.zero_grad()
+
+    @property
     def passes(self) -> Passes:
         """Forward and backward of a micro-batch, as a step runs them."""
         return self._passes

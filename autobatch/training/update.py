@@ -46,7 +46,12 @@ class Update:
         """Adds the gradients of ``loss``."""
         (loss if self._scaler is None else self._scaler.scale(loss)).backward()
 
-    def apply(self) -> tuple[Tensor, bool]:
+    @property
+    def stateful(self) -> tuple[Any, ...]:
+        """What a step changes beside the model and the scheduler."""
+        return (*self._optimizers, *([] if self._scaler is None else [self._scaler]))
+
+    def apply(self, *, schedules: bool = True) -> tuple[Tensor, bool]:
         """The norm of the gradients before clipping, and whether the optimizers took their step."""
         stepping = [optimizer for optimizer in self._optimizers if any(_gradients(_parameters_of(optimizer)))]
         try:
@@ -57,7 +62,7 @@ class Update:
             raise
         finally:
             self.zero_grad()
-        if stepped and self._scheduler is not None:
+        if schedules and stepped and self._scheduler is not None:
             self._scheduler.step()
         return norm, stepped
 
