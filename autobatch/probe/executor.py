@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -81,6 +82,7 @@ class LocalExecutor:
         agree: Agree = alone,
     ) -> None:
         self._workload, self._device, self._restore, self._agree = workload, device, restore, agree
+        self._spares = False
         workload.begin()
 
     def setting(self) -> Setting:
@@ -98,7 +100,17 @@ class LocalExecutor:
         return signature_of(self._workload, batch_size)
 
     def run(self, request: TrialRequest) -> Attempt:
+        self._spare()
         return self._agree(request, lambda: run_trial(self._workload, self._device, request))
+
+    def _spare(self) -> None:
+        """What was there before the first trial is no garbage: the collection after each is spared looking at it, which
+        takes half a second where large libraries are loaded.
+        """
+        if not self._spares and not gc.get_freeze_count():  # else somebody has done so who may rely on it
+            gc.collect()
+            gc.freeze()
+            self._spares = True
 
     def confirm(self, requests: tuple[TrialRequest, ...]) -> list[Attempt]:
         # The state before the probe and an emptied cache: that is how this process goes on to train.
@@ -116,6 +128,9 @@ class LocalExecutor:
         clean_up(self._workload, self._device)
 
     def close(self) -> None:
+        if self._spares:
+            gc.unfreeze()
+            self._spares = False
         self.clear()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -130,6 +131,25 @@ def live() -> Workload:
         scheduler=torch.optim.lr_scheduler.StepLR(optimizer, 1),
         mode="both",
     )
+
+
+@pytest.mark.parametrize("frozen_before", [False, True])
+def test_collections_amid_a_search_look_at_what_is_new_alone(frozen_before: bool) -> None:
+    device, seen = fake(), list[int]()
+
+    def step(n: int) -> None:
+        seen.append(gc.get_freeze_count())
+        device.step(n)
+
+    if frozen_before:
+        gc.freeze()
+    try:
+        before = gc.get_freeze_count()
+        find(step, device=device, state=[nn.Linear(1, 1)])
+        assert min(seen) > 1000
+        assert gc.get_freeze_count() == before
+    finally:
+        gc.unfreeze()
 
 
 def test_live_objects_on_the_host_are_left_as_they_were_bit_for_bit() -> None:
