@@ -110,7 +110,7 @@ class MissingDependencyError(IntegrationError, ImportError):
 
 
 class UnsupportedTrainerError(IntegrationError):
-    """No integration knows this trainer."""
+    """No integration knows this trainer, or it is set up in a way that cannot be tuned. Nothing was touched."""
 
 
 class RankError(AutobatchError):

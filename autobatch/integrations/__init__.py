@@ -1,1 +1,1 @@
-"""Trainers of other libraries: each file translates, the probe and the plan do the work."""
+"""Trainers of other libraries: each folder translates one, the probe and the plan do the work."""

@@ -15,6 +15,16 @@ from autobatch.probe.workload import Workload
 from autobatch.result import BatchSizeResult
 from autobatch.training.plan import AccumulationPlan, plan_accumulation
 
+WHOLE_COMMAND = (
+    "one rank that runs out of memory there leaves the others waiting. `autobatch probe -- COMMAND` tries the command "
+    "that starts all ranks, with {batch_size} where its batch size is written"
+)
+"""What to do where ranks act together. The braces are for the user to type."""
+
+PLAN_NOTE = "An optimizer step is"
+NO_DIVISOR = "has no divisor near"
+"""How notes about a plan are told from others, where another plan takes its place."""
+
 _OURS = frozenset({"workload", "device", "state", "isolate", "per_rank"})
 """Arguments of find() that a trainer answers by itself."""
 
@@ -68,19 +78,30 @@ def searched(
 
     The result has the plan in its environment, and in its notes. ``plan_of`` makes it of the samples that fit, where it
     is not to be :func:`exact_plan`.
+
+    Raises:
+        UnsupportedTrainerError: for a step that runs collectives.
+        DoesNotFitError: not even one sample fits.
     """
     share = None if effective_batch_size is None else effective_batch_size // world_size
     if share is not None and Rounding().down(share) != share:
         find_options = {"multiple_of": 1, **find_options}  # a round number would be less than a window that fits
-    result = find(workload, device=str(workload.device), **find_options)
+    try:
+        result = find(workload, device=str(workload.device), **find_options)
+    except InvalidArgumentError as exc:
+        if exc.argument != "workload":
+            raise
+        raise UnsupportedTrainerError(
+            f"a rank cannot try the trainer's step by itself, for it has {exc.value}: {WHOLE_COMMAND}"
+        ) from exc
     make_plan = plan_of or (lambda fits: exact_plan(effective_batch_size, fits, world_size))
     plan = make_plan(result.batch_size)
     known = {"effective_batch_size": plan.effective_batch_size, "accumulation": asdict(plan)}
-    notes = [f"An optimizer step is {plan}."]
+    notes = [f"{PLAN_NOTE} {plan}."]
     most = min(result.batch_size, plan.effective_batch_size // world_size)
     if plan_of is None and plan.micro_batch_size * 2 < most:
         notes.append(
-            f"{plan.effective_batch_size} has no divisor near {result.batch_size}, which fit: micro-batches of "
+            f"{plan.effective_batch_size} {NO_DIVISOR} {result.batch_size}, which fit: micro-batches of "
             f"{plan.micro_batch_size} leave most of the device unused."
         )
     environment = {**result.environment, **known}

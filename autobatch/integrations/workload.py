@@ -27,7 +27,7 @@ class TrainerWorkload(Workload):
         evaluation: the samples of each evaluation.
         evaluate: runs an evaluation of one batch on the host; the second argument is the number of its source.
         stateful: what else a step changes and must be put back.
-        name: for people.
+        identity: what tells this training from others, for a cache: see :attr:`Workload.identity`.
     """
 
     def __init__(
@@ -41,12 +41,13 @@ class TrainerWorkload(Workload):
         evaluation: Sequence[Source] = (),
         evaluate: Callable[[Any, int], Any] | None = None,
         stateful: Sequence[Any] = (),
-        name: str | None = None,
+        identity: Sequence[Any] = (),
     ) -> None:
         with preserved((), str(device_of(model))):  # samples are measured, and may be drawn with random numbers
             batches = [DatasetBatches(each.dataset, each.collate_fn, None) for each in (source, *evaluation)]
         mode = "both" if evaluation else "train"
-        super().__init__(model, sample=batches[0], extra_state=stateful, mode=mode, name=name)
+        super().__init__(model, sample=batches[0], extra_state=stateful, mode=mode)
+        self.identity = (share, holds_window, *identity)
         self._step, self._share, self._holds_window = step, share, holds_window
         self._evaluations, self._evaluate_batch = batches[1:], evaluate
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from autobatch.probe.workload import Workload
 
@@ -109,6 +110,9 @@ def _training(workload: Workload) -> tuple[Any, ...]:
         workload.accumulate,
         workload.max_grad_norm is not None,
         [_name(other if inspect.isroutine(other) else type(other)) for other in others],
+        # A library may have put a class of its own around an optimizer.
+        [_optimizer(getattr(other, "optimizer", other)) for other in others if isinstance(other, Optimizer)],
+        [_name(item) if _is_code(item) else repr(item) for item in workload.identity],
     )
 
 
@@ -143,8 +147,13 @@ def _sources(workload: Workload) -> list[tuple[str, str]]:
     """Name and hash of each file in which something of the workload is written."""
     written: list[Any] = [type(module) for module in workload.model.modules()]
     written += [workload.sample, workload.loss_fn, workload._evaluate, type(workload.optimizer)]
+    written += filter(_is_code, workload.identity)
     paths = {path for item in written if (path := _source(item)) is not None}
     return sorted((path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in paths)
+
+
+def _is_code(item: Any) -> bool:
+    return inspect.isroutine(item) or isinstance(item, (type, functools.partial))
 
 
 def _source(item: Any) -> Path | None:

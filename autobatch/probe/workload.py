@@ -18,6 +18,7 @@ from autobatch.probe.batch import move, tensors
 from autobatch.probe.data import Batches, DatasetBatches, Extent, batches_of
 from autobatch.probe.ema import update_of
 from autobatch.probe.forward import device_of, forward, local
+from autobatch.probe.scaling import forget_step
 from autobatch.probe.workload_arguments import check_functions, check_model, check_options
 
 
@@ -64,6 +65,9 @@ class Workload:
 
     step: Callable[[int], Any] | None = None
     """The function of :meth:`from_step`; None for a workload that has a model."""
+
+    identity: tuple[Any, ...] = ()
+    """What else tells this workload from others, for a cache: values, and functions and classes whose code counts."""
 
     def __init__(
         self,
@@ -185,6 +189,8 @@ class Workload:
         self._last = None
         self._kept.clear()
         self._zero_grad()
+        for item in self.stateful:
+            forget_step(item)
         for state, known in self._slots:
             for parameter in [key for key in state if id(key) not in known]:
                 del state[parameter]

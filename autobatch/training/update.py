@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from autobatch.probe.scaling import forget_step
+
 
 class Update:
     """Unscales, clips, steps and schedules, once for a window.
@@ -58,7 +60,7 @@ class Update:
             norm = self._clipped(stepping)
             stepped = self._stepped(stepping, norm)
         except BaseException:
-            self._forget_scaling()
+            forget_step(self._scaler)  # after an error too
             raise
         finally:
             self.zero_grad()
@@ -91,11 +93,6 @@ class Update:
         if stepping:
             self._scaler.update()
         return stepped
-
-    def _forget_scaling(self) -> None:
-        """After an error the scaler still holds what it knows of the step, and would refuse the next."""
-        if self._scaler is not None:
-            self._scaler._per_optimizer_states.clear()
 
 
 def _parameters_of(optimizer: Any) -> Iterator[nn.Parameter]:

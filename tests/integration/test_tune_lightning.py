@@ -151,8 +151,8 @@ class Watching(lightning.pytorch.Callback):
 
 
 def test_what_ran_out_of_memory_trains_to_the_end_with_the_batch_asked_for(tmp_path: Path) -> None:
-    run(str(SCRIPT), "train_under_a_limit", str(tmp_path), cwd=tmp_path)
-    found = json.loads((tmp_path / "said-0.json").read_text())
+    run(str(SCRIPT), str(tmp_path), "train_under_a_limit", cwd=tmp_path)
+    found = json.loads((tmp_path / "said-0.json").read_text())["train_under_a_limit"]
     assert "DefaultCPUAllocator: can't allocate memory" in found["without"]
     assert 32 <= found["fits"] < 220
     micro, steps = found["plan"]["micro_batch_size"], found["plan"]["steps"]
@@ -644,7 +644,7 @@ def test_what_cannot_be_tuned_is_said_before_anything_is_touched(
 def test_strategies_that_shard_are_told_another_way() -> None:
     live = trainer_of()
     live._accelerator_connector.strategy = type("FSDPStrategy", (), {"launcher": None})()  # the real one wants a GPU
-    with pytest.raises(UnsupportedTrainerError, match=r"FSDPStrategy shards the model.*: autobatch probe -- COMMAND"):
+    with pytest.raises(UnsupportedTrainerError, match=r"FSDPStrategy shards the model.*autobatch probe -- COMMAND"):
         autobatch.tune(live, Module(), loader_of())
 
 

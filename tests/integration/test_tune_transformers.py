@@ -458,7 +458,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda folder: texts.sentences(folder, batch_sampler="group_by_label"),
         "the training loader cannot be made for 3 samples a batch, as for any: batch_size must be an even number",
     ),
-    "DeepSpeed": (deepspeed, r"to DeepSpeed (ZeRO stage 3), whose ranks act together; `autobatch probe -- COMMAND`"),
+    "DeepSpeed": (deepspeed, "to DeepSpeed (ZeRO stage 3), and one rank that runs out of memory"),
     "FSDP": (changed("is_fsdp_enabled", True), "shards its model with FSDP"),
     "parallelism": (changed("accelerator.state.parallelism_config", object()), "the model is shared out over ranks"),
     "DataParallel": (changed("args._n_gpu", 2), "one process trains on 2 GPUs (DataParallel); start one for each"),

@@ -1,4 +1,4 @@
-"""What the tests of Lightning train, and what they run in processes of their own: ``python tune_lightning.py NAME``."""
+"""What the tests of Lightning train, and what they run in processes of their own: ``python tune_lightning.py FOLDER NAME``."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, Dataset
 
 import autobatch
+import autobatch.errors
 from autobatch.units import MIB
 
 FEATURES, WIDTH, LAYERS = 64, 4096, 32
@@ -169,8 +170,27 @@ def train_on_two_ranks() -> dict[str, Any]:
     return found
 
 
+class Gathering(Module):
+    """Compares its samples with those of other ranks."""
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        return self.all_gather(super().training_step(batch, index), sync_grads=True).mean()
+
+
+def refuse_on_two_ranks() -> dict[str, Any]:
+    from lightning.pytorch.strategies import DDPStrategy
+
+    loader, trainer = loader_of(), trainer_of(strategy=DDPStrategy(process_group_backend="gloo"), devices=2)
+    try:
+        autobatch.tune(trainer, Gathering(), loader, effective_batch_size=128, memory_limit="60MiB", start=8)
+    except autobatch.errors.UnsupportedTrainerError as exc:
+        message = str(exc)
+    return {"message": message, "accumulate": trainer.accumulate_grad_batches, "batch": loader.batch_size}
+
+
 if __name__ == "__main__":
     settle()
-    said = json.dumps(globals()[sys.argv[1]]())
-    with open(os.path.join(sys.argv[2], f"said-{os.environ.get('RANK', '0')}.json"), "w") as file:
-        file.write(said)
+    folder, *names = sys.argv[1:]
+    said = {name: globals()[name]() for name in names}
+    with open(os.path.join(folder, f"said-{os.environ.get('RANK', '0')}.json"), "w") as file:
+        json.dump(said, file)

@@ -23,10 +23,11 @@ from autobatch.errors import (
     MissingDependencyError,
     UnsupportedTrainerError,
 )
-from autobatch.integrations import tuning
+from autobatch.integrations import sizes, tuning
 from autobatch.integrations.loaders import Source, set_batch_size, source_of
 from autobatch.integrations.sizes import exact_plan, searched, share_of
 from autobatch.integrations.workload import TrainerWorkload
+from autobatch.probe.signature import signature_of
 
 LIBRARIES = ("transformers", "lightning", "pytorch_lightning", "accelerate", "ignite")
 
@@ -221,6 +222,7 @@ def plug_in(monkeypatch: pytest.MonkeyPatch, **values: str) -> None:
         return [point for point in found if point.group == group]
 
     monkeypatch.setattr(tuning, "entry_points", entry_points)
+    PLUGGED.asked.clear()
 
 
 def test_a_plug_in_is_found_by_its_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,3 +318,34 @@ def test_importing_autobatch_and_tune_imports_none_of_the_libraries() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"share": 64},
+        {"identity": ["bf16"]},
+        {"stateful": [torch.optim.SGD([nn.Parameter(torch.ones(1))], momentum=0.9)]},
+        {"holds_window": True},
+    ],
+)
+def test_a_cache_tells_one_training_from_another(other: dict[str, Any]) -> None:
+    model = nn.Linear(2, 1)
+
+    def signature(**options: Any) -> str | None:
+        known = {"stateful": [torch.optim.SGD([nn.Parameter(torch.ones(1))])], "share": 8, **options}
+        source = Source([torch.ones(2)] * 4, torch.stack, 2)
+        return signature_of(TrainerWorkload(model, source, print, **known), 2).text
+
+    assert signature() == signature() is not None
+    assert signature(**other) != signature()
+
+
+def test_a_step_that_no_rank_can_try_alone_is_an_unsupported_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise InvalidArgumentError("workload", "a live model in FullyShardedDataParallel", "a function that builds it")
+
+    monkeypatch.setattr(sizes, "find", refuse)
+    workload = TrainerWorkload(nn.Linear(2, 1), Source([torch.ones(2)] * 4, torch.stack, 2), print)
+    with pytest.raises(UnsupportedTrainerError, match=r"it has a live model in Fully.*`autobatch probe -- COMMAND`"):
+        sizes.searched(workload, effective_batch_size=None, world_size=1, find_options={})

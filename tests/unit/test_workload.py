@@ -278,3 +278,23 @@ def test_outputs_that_are_kept_are_there_from_the_first_step_on_and_without_thei
     assert [len(tensor) for output in workload._kept for tensor in output] == [2, 2, 5]
     workload.forget()
     assert not workload._kept
+
+
+def test_a_scaler_forgets_the_step_that_ran_out_of_memory() -> None:
+    class Failing(torch.optim.SGD):
+        fails = True
+
+        def step(self, closure: Any = None) -> Any:
+            if self.fails:
+                raise MemoryError
+            return super().step(closure)
+
+    model = nn.Linear(2, 1)
+    optimizer, scaler = Failing(model.parameters(), lr=0.1), torch.amp.GradScaler("cpu")
+    batch = lambda n: (torch.ones(n, 2), torch.ones(n, 1))  # noqa: E731
+    workload = Workload(model, optimizer, nn.functional.mse_loss, batch, scaler=scaler, max_grad_norm=1.0)
+    with pytest.raises(MemoryError):
+        workload.train_step(2)
+    workload.forget()
+    optimizer.fails = False
+    workload.train_step(2)

@@ -120,7 +120,9 @@ class _Loop(TrainerWorkload):
         share: int | None,
     ) -> None:
         known = [item for item in (*optimizers, accelerator.scaler, loss_fn) if item is not None]
-        super().__init__(model, source, self._window, share=share, stateful=known)
+        super().__init__(
+            model, source, self._window, share=share, stateful=known, identity=[str(accelerator.mixed_precision)]
+        )
         self._accelerator, self._optimizers, self._loss = accelerator, optimizers, loss_fn
 
     def _window(self, batches: Sequence[Any]) -> None:
@@ -137,10 +139,6 @@ class _Loop(TrainerWorkload):
                 for optimizer in self._optimizers:
                     optimizer.step()
                     optimizer.zero_grad()
-        except BaseException:
-            if accelerator.scaler is not None:  # it would refuse the next step, amid which it believes itself
-                accelerator.scaler._per_optimizer_states.clear()
-            raise
         finally:
             accelerator.sync_gradients = before
 

@@ -123,7 +123,7 @@ def tune(
         model, optimizer: what its process function trains; a list of optimizers, if there are several. They may be left
             out for :func:`update`, whose accumulator has them.
         data: the loader that the engine will run over. Each rank has its own, with the same number of samples.
-        loss_fn: left out.
+        loss_fn: left out; the process function knows it.
         effective_batch_size: samples of an optimizer step over all ranks; None for the largest that fits at once.
         find_options: of :func:`autobatch.find`.
 

@@ -17,6 +17,7 @@ from autobatch.integrations.loaders import Source
 from autobatch.integrations.reach import around, trained
 from autobatch.integrations.workload import TrainerWorkload
 from autobatch.probe.forward import device_of
+from autobatch.probe.state import interrupts_deferred
 from autobatch.training.accumulator import Accumulator
 from autobatch.training.plan import AccumulationPlan, plan_accumulation
 
@@ -77,7 +78,7 @@ class Iterations(TrainerWorkload):
                 raise InvalidArgumentError("optimizer", None if each is None else type(each).__name__, allowed)
         _check_wrapping(model)
         known = [*self._optimizers, *trained(around(engine._process_function))]
-        super().__init__(model, source, self._iterate, share=share, stateful=known)
+        super().__init__(model, source, self._iterate, share=share, stateful=known, identity=[engine._process_function])
         self._engine, self._loader = engine, loader
         self._count = torch.full((1,), _ITERATIONS + 1).share_memory_()  # trials may be in forks of this process
 
@@ -122,12 +123,6 @@ class Iterations(TrainerWorkload):
                         # The fewest: a scaler may have skipped some.
                         self._count.clamp_(max=iteration)
                         return
-        except BaseException:
-            # A scaler believes itself amid the step that failed, and would refuse the next.
-            for scaler in self.stateful:
-                if isinstance(scaler, torch.amp.GradScaler):
-                    scaler._per_optimizer_states.clear()
-            raise
         finally:
             for hook in hooks:
                 hook.remove()
@@ -147,8 +142,9 @@ def _borrowed(engine: Engine, loader: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        vars(engine).clear()
-        vars(engine).update(before)
+        with interrupts_deferred():
+            vars(engine).clear()
+            vars(engine).update(before)
 
 
 @contextlib.contextmanager
@@ -174,7 +170,7 @@ def _check_wrapping(model: Any) -> None:
     if isinstance(model, DistributedDataParallel) and model.static_graph:
         raise UnsupportedTrainerError(
             "the model is in DistributedDataParallel(static_graph=True), which learns from its first step; it must be "
-            "without"
+            "left out"
         )
 
 

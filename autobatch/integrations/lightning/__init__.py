@@ -6,7 +6,7 @@
     trainer.fit(model, loader)
 
 A trial is training by the trainer's own loops: its precision, its clipping, its optimizer, the module's hooks. The
-trainers of ``lightning`` and of ``pytorch_lightning`` are the same to both.
+trainers of ``lightning`` and of ``pytorch_lightning`` are both known.
 """
 
 from __future__ import annotations

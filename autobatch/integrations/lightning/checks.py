@@ -12,13 +12,9 @@ from autobatch.errors import InvalidArgumentError, UnsupportedTrainerError
 from autobatch.integrations.lightning.loaders import flattened
 from autobatch.integrations.lightning.trials import part
 from autobatch.integrations.loaders import source_of
-from autobatch.integrations.sizes import share_of
+from autobatch.integrations.sizes import WHOLE_COMMAND, share_of
 
 _SUPPORTED = ("SingleDeviceStrategy", "DDPStrategy")
-THE_WAY = (
-    "one rank that runs out of memory there leaves the others waiting. The whole command can be tried instead, with "
-    "{batch_size} where its batch size is written: autobatch probe -- COMMAND"
-)
 
 
 def fit_arguments(trainer: Any, model: Any, data: Any, *, optimizer: Any, loss_fn: Any) -> dict[str, Any]:
@@ -91,13 +87,13 @@ def _strategies(trainer: Any, module: Any) -> Iterator[str]:
     strategy, name = trainer.strategy, type(trainer.strategy).__name__
     if not _classes(strategy) & set(_SUPPORTED) or "XLA" in name:
         yield (
-            f"{name} shards the model or knows no step apart from other ranks, and {THE_WAY}. Supported: "
+            f"{name} shards the model or knows no step apart from other ranks, and {WHOLE_COMMAND}. Supported: "
             f"{', '.join(_SUPPORTED)}"
         )
     elif trainer.world_size > 1:
         synchronised = getattr(strategy, "_layer_sync", None) is not None
         if synchronised or any(isinstance(each, nn.SyncBatchNorm) for each in module.modules()):
-            yield f"SyncBatchNorm runs collectives amid a step, and {THE_WAY}"
+            yield f"SyncBatchNorm runs collectives amid a step, and {WHOLE_COMMAND}"
         if getattr(strategy, "_ddp_kwargs", {}).get("static_graph") and strategy.root_device.type != "cpu":
             yield "DDPStrategy(static_graph=True) notes the first backward pass, here a trial's; it must be off"
 

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from autobatch.integrations.lightning.loaders import Loaders
 from autobatch.integrations.workload import TrainerWorkload
+from autobatch.probe.state import interrupts_deferred
 
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 """One library under two names, of which each knows its own classes alone."""
@@ -100,7 +101,7 @@ class Trials(TrainerWorkload):
     def __init__(self, trainer: Any, training: Loaders, evaluation: Loaders | None, share: int | None) -> None:
         self._trainer, module = trainer, trainer.lightning_module
         self._loop = trainer.fit_loop.epoch_loop
-        self._scaler = getattr(trainer.precision_plugin, "scaler", None)
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         super().__init__(
             module,
@@ -109,12 +110,9 @@ class Trials(TrainerWorkload):
             share=share,
             evaluation=() if evaluation is None else evaluation.sources,
             evaluate=self._run_evaluation,
-            stateful=[item for item in (*trainer.optimizers, *schedulers, self._scaler) if item is not None],
-            name=type(module).__name__,
+            stateful=[item for item in (*trainer.optimizers, *schedulers, scaler) if item is not None],
+            identity=[str(trainer.precision), trainer.gradient_clip_val is not None],
         )
-        # By these a cache tells one trainer from another.
-        self.precision, self.accumulate = str(trainer.precision), share is not None
-        self.max_grad_norm = trainer.gradient_clip_val
         self._begun: set[str] = set()
         self._modes = [(part_of_it, part_of_it.training) for part_of_it in module.modules()]
         self._trained = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
@@ -130,9 +128,6 @@ class Trials(TrainerWorkload):
             parameter.requires_grad_(requires_grad)
         for scheduler, state in self._schedules:
             scheduler.load_state_dict(deepcopy(state))
-        if self._scaler is not None:
-            # It refuses to unscale twice, also for a step that never came to its end.
-            self._scaler._per_optimizer_states.clear()
 
     def _run_training(self, batches: list[Any]) -> None:
         for module, mode in self._modes:  # Lightning leaves modules in the mode that they are in
@@ -218,11 +213,15 @@ def _attributes_of(item: Any) -> Callable[[], None]:
     contents = [(container, container.copy()) for container in containers]
 
     def restore() -> None:
-        vars(item).clear()
-        vars(item).update(attributes)
-        for container, before in contents:
-            container.clear()
-            container.extend(before) if isinstance(container, list) else container.update(before)
+        with interrupts_deferred():
+            vars(item).clear()
+            vars(item).update(attributes)
+            for container, before in contents:
+                container.clear()
+                if isinstance(container, list):
+                    container.extend(before)
+                else:
+                    container.update(before)
 
     return restore
 

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from autobatch.errors import InvalidArgumentError, UnsupportedTrainerError
-from autobatch.integrations.lightning.checks import THE_WAY
+from autobatch.errors import UnsupportedTrainerError
 from autobatch.integrations.lightning.loaders import (
     EVALUATION_NAMES,
     TRAINING_NAMES,
@@ -16,7 +15,7 @@ from autobatch.integrations.lightning.loaders import (
     samples_of_rank,
 )
 from autobatch.integrations.lightning.trials import trials_of
-from autobatch.integrations.sizes import exact_plan, searched, share_of
+from autobatch.integrations.sizes import NO_DIVISOR, PLAN_NOTE, exact_plan, searched, share_of
 from autobatch.probe.state import preserved
 from autobatch.result import BatchSizeResult
 from autobatch.training.plan import AccumulationPlan
@@ -94,17 +93,12 @@ def numbers_of(
     """
     world_size = trainer.world_size
     with trials_of(trainer, training, evaluation, share_of(effective_batch_size, world_size)) as workload:
-        try:
-            result, plan = searched(
-                workload,
-                effective_batch_size=effective_batch_size,
-                world_size=world_size,
-                find_options=find_options,
-            )
-        except InvalidArgumentError as exc:
-            if exc.argument != "workload":
-                raise
-            raise UnsupportedTrainerError(f"training has {exc.value}: {THE_WAY}") from exc
+        result, plan = searched(
+            workload,
+            effective_batch_size=effective_batch_size,
+            world_size=world_size,
+            find_options=find_options,
+        )
     limits = list(_limits(training, evaluation, result, world_size))
     for most, why in limits:
         if most < plan.micro_batch_size:
@@ -152,10 +146,8 @@ def _limits(
 
 def _replanned(result: BatchSizeResult, plan: AccumulationPlan, why: str) -> BatchSizeResult:
     known = {"effective_batch_size": plan.effective_batch_size, "accumulation": asdict(plan)}
-    notes = [note for note in result.notes if not note.startswith("An optimizer step is ")]
-    return replace(
-        result, environment={**result.environment, **known}, notes=(*notes, why, f"An optimizer step is {plan}.")
-    )
+    notes = [note for note in result.notes if not note.startswith(PLAN_NOTE) and NO_DIVISOR not in note]
+    return replace(result, environment={**result.environment, **known}, notes=(*notes, why, f"{PLAN_NOTE} {plan}."))
 
 
 def _is_left(training: Loaders, evaluation: Loaders, *, lasting: bool) -> bool:
@@ -190,4 +182,4 @@ def _counted(trainer: Any) -> Iterator[str]:
     for name in ("limit_train_batches", "limit_val_batches", "val_check_interval"):
         value = getattr(trainer, name)
         if type(value) is int and value:
-            yield f"{name}={value} counts micro-batches, which are of other sizes now."
+            yield f"{name}={value} counts micro-batches, whose size has changed."

@@ -27,7 +27,7 @@ from torch import nn
 from autobatch.errors import InvalidArgumentError, UnsupportedTrainerError
 from autobatch.integrations.loaders import Source, source_of
 from autobatch.integrations.missing import needed
-from autobatch.integrations.sizes import searched, share_of
+from autobatch.integrations.sizes import WHOLE_COMMAND, searched, share_of
 from autobatch.integrations.transformers.trials import Loop, as_it_was, modules_of, stay_alone
 from autobatch.result import BatchSizeResult
 from autobatch.training.plan import AccumulationPlan
@@ -40,8 +40,6 @@ __all__ = ["handles", "tune"]
 
 _COMPARING = ("MultipleNegatives", "MegaBatch", "GIST", "BatchAll", "BatchHard", "BatchSemiHard")
 """Losses, by parts of their names, that compare the samples of a batch with each other."""
-
-_COMMAND = "`autobatch probe -- COMMAND` tries the command that starts all ranks"
 
 
 def handles(trainer: Any) -> bool:
@@ -210,11 +208,11 @@ def _reasons_against(trainer: Any) -> Iterator[str]:
         yield f"train_dataset is a {kind}, and each batch comes from one of its data sets; it must be one data set"
     if trainer.is_deepspeed_enabled:
         stage = accelerator.state.deepspeed_plugin.zero_stage
-        yield f"the trainer hands its model to DeepSpeed (ZeRO stage {stage}), whose ranks act together; {_COMMAND}"
+        yield f"the trainer hands its model to DeepSpeed (ZeRO stage {stage}), and {WHOLE_COMMAND}"
     if trainer.is_fsdp_enabled or getattr(trainer, "is_fsdp_xla_enabled", False):
-        yield f"the trainer shards its model with FSDP, whose ranks act together; {_COMMAND}"
+        yield f"the trainer shards its model with FSDP, and {WHOLE_COMMAND}"
     if getattr(accelerator, "parallelism_config", None) is not None or _is_sharded(trainer):
-        yield f"the model is shared out over ranks, which act together; {_COMMAND}"
+        yield f"the model is shared out over ranks, and {WHOLE_COMMAND}"
     if args.n_gpu > 1:
         yield (
             f"one process trains on {args.n_gpu} GPUs (DataParallel); start one for each: torchrun --nproc-per-node "
@@ -234,7 +232,7 @@ def _settings_against(args: Any, accelerator: Any) -> Iterator[str]:
     if args.use_liger_kernel:
         yield "use_liger_kernel=True changes transformers for good; it must be False, with Liger applied to the model"
     if "layerwise" in str(args.optim):
-        yield f"optim={str(args.optim)!r} steps amid the backward pass, by hooks that stay; it must be without"
+        yield f"optim={str(args.optim)!r} steps amid the backward pass, by hooks that stay; it must be another"
     if args.world_size > 1:
         if accelerator.dispatch_batches:
             yield "accelerator_config.dispatch_batches=True has one rank draw for all; it must be False"

@@ -57,13 +57,10 @@ class Loop(TrainerWorkload):
             evaluation=evaluation,
             evaluate=self._predict_last,
             stateful=[item for item in known if item is not None],
+            identity=[type(trainer), trainer.accelerator.mixed_precision, str(trainer.args.optim)],
         )
-        args, optimizer = trainer.args, getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-        # By these a cache tells one trainer from another.
-        options = (share, args.optim, type(optimizer).__name__, self._only_loss, args.eval_accumulation_steps)
         ends = [each.extent.samples for each in self._evaluations]
-        self.precision = f"{trainer.accelerator.mixed_precision} {options} {ends}"
-        self.accumulate, self.max_grad_norm = share is not None, args.max_grad_norm
+        self.identity += (self._only_loss, trainer.args.eval_accumulation_steps, *ends)
 
     @property
     def _only_loss(self) -> bool:
@@ -89,10 +86,6 @@ class Loop(TrainerWorkload):
             accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
             trainer.optimizer.step()
             trainer.state.global_step += 1  # `torch_empty_cache_steps` counts by it
-        except BaseException:
-            if accelerator.scaler is not None:  # it would refuse the next step, amid which it believes itself
-                accelerator.scaler._per_optimizer_states.clear()
-            raise
         finally:
             state._set_sync_gradients(True)
             trainer.optimizer.zero_grad()  # a loss may have weights as well
