@@ -22,6 +22,7 @@ def test_two_ranks_agree_on_what_fits_the_smaller(two: Job, limits: list[int]) -
     check_agreed(two.results(probes.search, limits=limits, per_sample=[1, 1]), 240, limits)
 
 
+@pytest.mark.slow
 def test_four_ranks_agree_on_what_fits_the_smallest(four: Job) -> None:
     limits = [400, 400, 264, 400]
     check_agreed(four.results(probes.search, limits=limits, per_sample=[1] * 4), 240, limits)

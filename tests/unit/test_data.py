@@ -321,6 +321,7 @@ def test_lengths_that_differ_are_confirmed_in_shuffled_order_too() -> None:
     assert result.confirmation[-1].steps > 20
 
 
+@pytest.mark.slow
 def test_an_answer_that_does_not_survive_a_shuffled_epoch_is_stepped_down() -> None:
     # An allocator that has trouble with a batch of mixed lengths. The worst case has none.
     device = FakeDevice(GIB, lambda elements: elements * MIB + (GIB if elements % 10 and elements > 900 else 0))

@@ -49,6 +49,7 @@ def test_a_memory_limit_caps_the_budget() -> None:
     assert find(device.step, device=device, multiple_of=1, headroom=0, memory_limit="4GiB").batch_size == 20
 
 
+@pytest.mark.slow
 def test_a_memory_limit_above_what_is_there_is_said_to_limit_nothing() -> None:
     device = fake()
     result = find(device.step, device=device, memory_limit="20GiB", max_batch_size=4)

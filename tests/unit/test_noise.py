@@ -183,6 +183,7 @@ def test_digits_agree_with_the_gradient_of_every_image(digits: tuple[Digits, Bat
     assert noise.windows == 100
 
 
+@pytest.mark.slow
 def test_sizes_that_are_ignored_are_another_noise_scale(digits: tuple[Digits, Batch]) -> None:
     """The control: as if every micro-batch had the same size."""
     right, wrong = NoiseScale(), NoiseScale()

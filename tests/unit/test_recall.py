@@ -204,6 +204,7 @@ def test_a_first_guess_is_where_the_search_begins(bench):
     assert (result.batch_size, result.trials[0].batch_size) == (143, 140)
 
 
+@pytest.mark.slow
 def test_the_signature_is_made_where_the_workload_lives(tmp_path):
     """In a child process: a hit starts no search there, and a changed workload is another."""
     kept: dict[str, Any] = {"device": "cpu", "memory_limit": 64 * MIB, "max_batch_size": 2, "cache": tmp_path}
