@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-from autobatch.errors import InvalidArgumentError, UnsupportedTrainerError
+from autobatch.errors import AutobatchWarning, InvalidArgumentError, UnsupportedTrainerError
+from autobatch.probe.data import DatasetBatches
 from autobatch.probe.finder import find
 from autobatch.probe.rounding import Rounding
 from autobatch.probe.search_arguments import check_count
@@ -104,5 +106,18 @@ def searched(
             f"{plan.effective_batch_size} {NO_DIVISOR} {result.batch_size}, which fit: micro-batches of "
             f"{plan.micro_batch_size} leave most of the device unused."
         )
+    samples = _samples(workload)
+    if samples is not None and samples < plan.effective_batch_size:
+        notes.append(
+            f"The data set has {samples} samples, fewer than an optimizer step of {plan.effective_batch_size}: a step "
+            "takes what an epoch has."
+        )
+    for note in notes[1:]:
+        warnings.warn(note, AutobatchWarning, stacklevel=4)
     environment = {**result.environment, **known}
     return replace(result, environment=environment, notes=(*result.notes, *notes)), plan
+
+
+def _samples(workload: Workload) -> int | None:
+    """How many samples there are to train on; None where that is not known."""
+    return workload.sample.extent.samples if isinstance(workload.sample, DatasetBatches) else None

@@ -59,8 +59,9 @@ def tune(
     """Finds the largest micro-batch for ``trainer``, which is about to run, and gives it the numbers.
 
     Its batch size and its accumulation steps are set so that an optimizer step takes ``effective_batch_size`` samples
-    over all ranks. All else is left as it was: weights, optimizer, random numbers, loggers, callbacks, files. In a
-    process group of several ranks all of them must call it.
+    over all ranks. All else is left as it was: weights, optimizer, random numbers, loggers, callbacks, files. What a
+    step of the user's own changes in objects or tensors that are no part of the trainer or its modules is put back on
+    the host alone. In a process group of several ranks all of them must call it.
 
     ========================  =====================================================================================
     ``trainer``               what else
@@ -85,6 +86,9 @@ def tune(
 
     Returns:
         the result of the search. ``environment["accumulation"]`` has the plan; notes say what was set.
+
+    Warns:
+        AutobatchWarning: of an effective batch without a divisor near what fits, or larger than the data set.
 
     Raises:
         InvalidArgumentError: an argument is wrong; nothing was touched.

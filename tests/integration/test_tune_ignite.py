@@ -301,7 +301,7 @@ def refused(error: type[AutobatchError], said: str, engine: Engine, *objects: An
 
 def test_what_cannot_accumulate_and_does_not_fit_at_once_is_refused() -> None:
     model, optimizer, loader = parts()
-    said = "effective_batch_size=32 takes 32 samples at once, and 8 fit. This process function cannot"
+    said = "effective_batch_size=32 takes 32 samples at once, and 8 is the most that fits"
     objects = model, optimizer, loader
     refused(UnsupportedTrainerError, said, supervised(model, optimizer), *objects, effective_batch_size=32)
     engine = supervised(model, optimizer, gradient_accumulation_steps=3)

@@ -25,6 +25,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import IterableDataset
 
 from autobatch.errors import InvalidArgumentError, UnsupportedTrainerError
 from autobatch.integrations.accelerate.executable import find_executable_batch_size
@@ -87,6 +88,7 @@ def tune(
     _check_way(trainer, model)
     source = source_of(data, "the loader")
     _check_idle(trainer)
+    _check_trains(model, optimizers)
     share = share_of(effective_batch_size, trainer.num_processes)
     workload = _Loop(trainer, model, source, optimizers, loss_fn, share)
     result, plan = searched(
@@ -150,13 +152,22 @@ def _check_prepared(model: Any, loader: Any, optimizers: Sequence[Any]) -> None:
     for optimizer in optimizers or [None]:
         if not isinstance(optimizer, AcceleratedOptimizer):
             raise InvalidArgumentError("optimizer", _kind(optimizer), wanted)
+    if isinstance(getattr(loader, "dataset", None), IterableDataset):
+        source_of(loader, "the loader")
     if not getattr(loader, "_is_accelerate_prepared", False):
-        raise InvalidArgumentError("data", _kind(loader), f"a loader {wanted}")
+        raise InvalidArgumentError("data", _kind(loader), f"a loader {wanted}; skip batches of it after tune()")
     if not isinstance(loader, DataLoaderShard):
         raise UnsupportedTrainerError(
             f"the loader is a {type(loader).__name__}, with which one rank draws for all; every rank must draw for "
             "itself (dispatch_batches=False)"
         )
+
+
+def _check_trains(model: nn.Module, optimizers: Sequence[Any]) -> None:
+    known = {id(parameter) for parameter in model.parameters()}
+    for optimizer in optimizers:
+        if not any(id(each) in known for group in optimizer.param_groups for each in group["params"]):
+            raise InvalidArgumentError("optimizer", _kind(optimizer), "one that has parameters of the model")
 
 
 def _check_way(accelerator: Accelerator, model: nn.Module) -> None:

@@ -135,6 +135,8 @@ def tune(
     """
     if loss_fn is not None:
         raise InvalidArgumentError("loss_fn", loss_fn, "left out: the process function knows it")
+    if data is None:
+        raise InvalidArgumentError("data", None, "the loader that the engine will run over")
     source = source_of(data, "the loader")
     _check_idle(trainer)
     ranks, length = Ranks.here().size, len(data)

@@ -98,8 +98,9 @@ class Iterations(TrainerWorkload):
             )
         if size > fits:
             raise UnsupportedTrainerError(
-                f"effective_batch_size={effective} takes {size} samples at once, and {fits} fit. This process function "
-                "cannot be told to accumulate; autobatch.integrations.ignite.update(accumulator) is one that does"
+                f"effective_batch_size={effective} takes {size} samples at once, and {fits} is the most that fits, or "
+                "that the data set has. This process function cannot be told to accumulate; "
+                "autobatch.integrations.ignite.update(accumulator) is one that does"
             )
         return plan_accumulation(effective_batch_size=effective, micro_batch_size=size, world_size=ranks)
 

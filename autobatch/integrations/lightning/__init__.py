@@ -81,11 +81,17 @@ def tune(
 
 
 def _callback_class() -> Any:
-    """``Callback`` of the package that is in use; where that is both or neither, of ``lightning``."""
-    for package in (*(p for p in PACKAGES if p in sys.modules), *PACKAGES):
+    """``Callback`` of the package that is in use, of both where both are; of the first that is here, where none is."""
+    used = [package for package in PACKAGES if sys.modules.get(package) is not None]
+    found: list[Any] = []
+    for package in used or PACKAGES:
         with contextlib.suppress(ImportError):
-            return importlib.import_module(package).Callback
-    raise ImportError("neither lightning nor pytorch_lightning is installed")
+            found.append(importlib.import_module(package).Callback)
+        if found and not used:
+            break
+    if not found:
+        raise ImportError("neither lightning nor pytorch_lightning is installed")
+    return type("Callback", tuple(found), {})
 
 
 if TYPE_CHECKING:

@@ -77,6 +77,11 @@ def _modes(trainer: Any) -> Iterator[str]:
         yield f"overfit_batches={trainer.overfit_batches!r} trains on a few batches again and again; it must be 0"
     if trainer.limit_train_batches == 0:
         yield "limit_train_batches=0: nothing is trained; it must be larger"
+    if type(trainer.val_check_interval) is int and trainer.check_val_every_n_epoch is not None:
+        yield (
+            f"val_check_interval={trainer.val_check_interval} counts micro-batches, of which there will be another "
+            "number; it must be a fraction of an epoch"
+        )
     for callback in trainer.callbacks:
         for name in ("GradientAccumulationScheduler", "BatchSizeFinder"):
             if name in _classes(callback):

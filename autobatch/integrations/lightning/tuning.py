@@ -136,12 +136,19 @@ def _limits(
     samples = samples_of_rank(training.flat[0], world_size)
     yield samples, f"A rank draws {samples} samples in an epoch."
     if evaluation is not None and evaluation.attribute is not None and evaluation.attribute == training.attribute:
-        assert result.eval_batch_size is not None
-        yield (
-            result.eval_batch_size,
-            f"The evaluation loaders follow {training.attribute} too, and no more than {result.eval_batch_size} fit "
-            "there; with an attribute eval_batch_size of their own, training could take more.",
-        )
+        most = _most_in_evaluation(evaluation, result)
+        if most is not None:
+            yield (
+                most,
+                f"The evaluation loaders follow {training.attribute} too, and no more than {most} fit there; with an "
+                "attribute eval_batch_size of their own, training could take more.",
+            )
+
+
+def _most_in_evaluation(evaluation: Loaders, result: BatchSizeResult) -> int | None:
+    """The largest batch that fits in evaluation; None where all that there is to evaluate fits at once."""
+    most = result.eval_batch_size
+    return None if most is None or most >= max(len(each.dataset) for each in evaluation.sources) else most
 
 
 def _replanned(result: BatchSizeResult, plan: AccumulationPlan, why: str) -> BatchSizeResult:
@@ -161,7 +168,7 @@ def _check_left(training: Loaders, evaluation: Loaders, result: BatchSizeResult,
     sizes = set(evaluation.batch_sizes)
     if training.attribute is not None:
         sizes = evaluation.sizes_with(training.attribute, plan.micro_batch_size)
-    most = result.eval_batch_size
+    most = _most_in_evaluation(evaluation, result)
     if most is not None and max(sizes, default=0) > most:
         raise UnsupportedTrainerError(
             f"val_dataloader() makes loaders of {max(sizes)} samples a batch, of which {most} fit; they must follow an "

@@ -115,6 +115,9 @@ def _in_place_of_its_loop(
 def _prepared(trainer: Any) -> nn.Module:
     """The model as the loop has it, once the trainer has its optimizer and its schedule."""
     args = trainer.args
+    if isinstance(trainer, transformers.Seq2SeqTrainer):  # as its evaluate() does
+        told = {"max_length": args.generation_max_length, "num_beams": args.generation_num_beams}
+        trainer._gen_kwargs = {name: value for name, value in told.items() if value is not None}
     # Only a schedule asks for it, and a trial does not get far in that.
     steps = args.max_steps if args.max_steps > 0 else max(1, int(args.num_train_epochs * len(trainer.train_dataset)))
     if hasattr(trainer, "_prepare_for_training"):
@@ -203,6 +206,11 @@ def _reasons_against(trainer: Any) -> Iterator[str]:
         yield f"the trainer has run {trainer.state.global_step} steps; it must be one that was not started"
     if trainer.train_dataset is None:
         yield "the trainer has no train_dataset"
+    if hasattr(args, "num_generations"):
+        yield (
+            f"{type(trainer).__name__} generates what it trains on, in batches that its arguments have fixed already; "
+            "autobatch probe -- COMMAND tries it as a whole"
+        )
     if isinstance(trainer.train_dataset, dict):
         kind = type(trainer.train_dataset).__name__
         yield f"train_dataset is a {kind}, and each batch comes from one of its data sets; it must be one data set"
