@@ -1,4 +1,4 @@
-"""What the tests of Lightning train, and what they run in processes of their own: ``python tune_lightning.py FOLDER NAME``."""
+"""What the tests of Lightning train; and ``tune_lightning.py FOLDER NAME ...``, what they run in other processes."""
 
 from __future__ import annotations
 

@@ -258,7 +258,7 @@ def test_a_plug_in_does_not_take_over_a_trainer_that_is_known(monkeypatch: pytes
     ignite = pytest.importorskip("ignite.engine")
     plug_in(monkeypatch, greedy=f"{__name__}:PLUGGED")
     monkeypatch.setattr(Plugged, "handles", lambda self, trainer: True)
-    with pytest.raises(UnsupportedTrainerError, match="must be a torch DataLoader"):
+    with pytest.raises(InvalidArgumentError, match="must be the loader that the engine will run over"):
         autobatch.tune(ignite.Engine(lambda engine, batch: None))
 
 
