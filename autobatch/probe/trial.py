@@ -62,7 +62,13 @@ def run_trial(workload: Workload, device: Device, request: TrialRequest) -> Atte
     :class:`~autobatch.errors.DeviceCorruptedError`.
     """
     started_s = time.monotonic()
-    attempt, streams = _run_once(workload, device, request)
+    try:
+        attempt, streams = _run_once(workload, device, request)
+    except MemoryError as exc:  # who looks at a trial on host memory needs some too, under the same limit
+        forget_frames(exc)
+        lost = judge(request, Progress(), None, Tier.DEFINITE, compare_peaks=False)
+        attempt, streams = Attempt(trial=replace(lost, message=first_line(exc))), None
+        clean_up(workload, device)
     if attempt.trial.outcome is Outcome.OOM and streams is not None and streams > 1:
         # torch can give up although what another stream has just freed is enough (pytorch#189504).
         attempt, _ = _run_once(workload, device, request)

@@ -423,14 +423,14 @@ def test_a_margin_is_kept() -> None:
 
 def test_a_cap_is_kept_and_was_tried() -> None:
     loader = loader_of()
-    result = autobatch.tune(trainer_of(), Module(), loader, max_batch_size=12, start=12, memory_limit="60MiB")
+    result = autobatch.tune(trainer_of(), Module(), loader, max_batch_size=12, start=12, memory_limit="120MiB")
     assert (result.batch_size, result.proof, loader.batch_size) == (12, "max_batch_size", 12)
     assert 12 in {trial.batch_size for trial in result.trials if trial.fits}
 
 
 def test_a_data_set_smaller_than_the_batch_is_one_batch() -> None:
     loader, trainer, module = loader_of(7), trainer_of(), Module()
-    result = autobatch.tune(trainer, module, loader, memory_limit="60MiB", start=7)
+    result = autobatch.tune(trainer, module, loader, memory_limit="120MiB", start=7)
     assert (result.batch_size, result.proof, loader.batch_size, trainer.accumulate_grad_batches) == (7, "dataset", 7, 1)
     trainer.fit(module, loader)
     assert trainer.global_step == 1
@@ -559,7 +559,6 @@ def test_the_package_under_its_other_name(how: str) -> None:
 
     module, loader = Other(), loader_of()
     callbacks = [AutoBatch(16, **FEW)] if how == "callback" else []
-    assert all(issubclass(AutoBatch, package.Callback) for package in (other, lightning.pytorch))
     trainer = trainer_of(other, callbacks=callbacks)
     if how == "tune":
         autobatch.tune(trainer, module, loader, effective_batch_size=16, **FEW)

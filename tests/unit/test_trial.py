@@ -11,7 +11,7 @@ import torch
 from autobatch.errors import DeviceCorruptedError
 from autobatch.probe.trial import TrialRequest, run_trial
 from autobatch.probe.workload import Workload
-from autobatch.result import Outcome
+from autobatch.result import Measurement, Outcome
 from autobatch.testing import FakeDevice
 
 
@@ -163,3 +163,12 @@ def test_nothing_of_a_failed_step_is_alive_afterwards() -> None:
     finally:
         gc.enable()
     assert [ref() for ref in alive] == [None, None]
+
+
+def test_memory_that_runs_out_while_a_trial_is_looked_at_is_out_of_memory() -> None:
+    class Tight(FakeDevice):
+        def measure(self) -> Measurement:
+            raise MemoryError
+
+    trial = attempt(Tight(39, lambda n: 10 * n)).trial
+    assert (trial.outcome, trial.message) == (Outcome.OOM, "MemoryError")
