@@ -686,6 +686,7 @@ def test_a_short_window_is_told_after_tune() -> None:
     assert "Lightning#19987" in result.notes[-1]
 
 
+@pytest.mark.slow
 def test_the_example_runs(tmp_path: Path) -> None:
     said = run(str(ROOT / "examples" / "lightning_trainer.py"), cwd=tmp_path)
     assert "An optimizer step is 256 = " in said
