@@ -14,6 +14,13 @@ from autobatch.virtual.catalog import Card
 from autobatch.virtual.state import create_state, read_state
 
 
+def ooms() -> int:
+    """Out-of-memory errors of this process so far."""
+    import torch  # not before a virtual GPU is attached
+
+    return int(torch.cuda.memory_stats()["num_ooms"])
+
+
 class Machine:
     def __init__(self, folder: Path, *, cards=1, total_bytes=8 * GIB, outside_bytes=0, capability=(8, 0), fail=None):
         self.path, self.counts = folder / "state", folder / "calls"

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import autobatch
 from autobatch.integrations.accelerate import find_executable_batch_size
 from autobatch.probe.state import fingerprint
-from autobatch.units import GIB
+from tests.gpu.machines import ooms
 
 pytestmark = pytest.mark.gpu
 
@@ -34,19 +34,6 @@ def _no_accelerator_of_another_test() -> Iterator[None]:
     GradientState._reset_state()
     gc.collect()
     torch.cuda.empty_cache()
-
-
-@pytest.fixture
-def card_of_24_gb() -> Iterator[None]:
-    torch.cuda.empty_cache()
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, 24 * GIB / total))
-    yield
-    torch.cuda.set_per_process_memory_fraction(1.0)
-
-
-def ooms() -> int:
-    return torch.cuda.memory_stats()["num_ooms"]
 
 
 def test_gpt2_at_1024_trains_at_what_was_found_and_not_at_more(card_of_24_gb: None) -> None:

@@ -16,25 +16,16 @@ from torch.utils.data import DataLoader, Dataset
 import autobatch
 from autobatch.integrations.ignite import AutoBatch, update
 from autobatch.probe.state import fingerprint
-from autobatch.units import GIB
+from tests.gpu.machines import ooms
 
 pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(autouse=True)
-def _card_of_24_gb() -> Iterator[None]:
+def _given_back(card_of_24_gb: None) -> Iterator[None]:
     print(f"pytorch-ignite {version('pytorch-ignite')}, torch {torch.__version__}")
-    torch.cuda.empty_cache()
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, 24 * GIB / total))
     yield
-    torch.cuda.set_per_process_memory_fraction(1.0)
     gc.collect()
-    torch.cuda.empty_cache()
-
-
-def ooms() -> int:
-    return torch.cuda.memory_stats()["num_ooms"]
 
 
 class Images(Dataset[Any]):

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 import autobatch
 from autobatch.integrations.lightning import AutoBatch
 from autobatch.probe.state import fingerprint
-from autobatch.units import GIB
+from tests.gpu.machines import ooms
 
 pytestmark = [
     pytest.mark.gpu,
@@ -32,19 +32,6 @@ def _given_back() -> Iterator[None]:
     yield
     gc.collect()
     torch.cuda.empty_cache()
-
-
-@pytest.fixture
-def card_of_24_gb() -> Iterator[None]:
-    torch.cuda.empty_cache()
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, 24 * GIB / total))
-    yield
-    torch.cuda.set_per_process_memory_fraction(1.0)
-
-
-def ooms() -> int:
-    return torch.cuda.memory_stats()["num_ooms"]
 
 
 def trainer_of(**options: Any) -> Any:

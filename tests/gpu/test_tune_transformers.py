@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import autobatch
 from autobatch.errors import DoesNotFitError
 from autobatch.units import GIB
+from tests.gpu.machines import ooms
 
 pytestmark = pytest.mark.gpu
 TOKENS = 1024
@@ -29,15 +30,6 @@ def _versions() -> None:
 @pytest.fixture(autouse=True)
 def _nothing_of_another_test() -> None:
     gc.collect()
-
-
-@pytest.fixture
-def card_of_24_gb() -> Iterator[None]:
-    torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(24 * GIB / torch.cuda.get_device_properties(0).total_memory)
-    yield
-    torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 class Texts(torch.utils.data.Dataset[Any]):
@@ -62,10 +54,6 @@ def gpt2(folder: Path, **options: Any) -> transformers.Trainer:
     model = transformers.AutoModelForCausalLM.from_config(transformers.GPT2Config(use_cache=False))
     args = arguments(folder, **options)
     return transformers.Trainer(model, args, train_dataset=Texts(4096), eval_dataset=Texts(64))
-
-
-def ooms() -> int:
-    return int(torch.cuda.memory_stats()["num_ooms"])
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import json
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -23,15 +21,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import autobatch
-from autobatch.device.host import CHILD_ENVIRONMENT
 from autobatch.errors import InvalidArgumentError, UnsupportedTrainerError
 from autobatch.integrations import sizes
 from autobatch.integrations import transformers as integration
 from autobatch.probe import finder, inquiry
 from autobatch.probe.state import fingerprint
 from tests.integration import texts
+from tests.integration.under_limit import ROOT, run
 
-ROOT = Path(__file__).parent.parent.parent
 SCRIPT = Path(__file__).parent / "tune_transformers.py"
 QUICK: dict[str, Any] = {"max_batch_size": 4, "start": 4}
 NUMBERS = ("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size")
@@ -71,23 +68,16 @@ def trials_here(monkeypatch: pytest.MonkeyPatch, few_trials: None) -> None:
     monkeypatch.setattr(sizes, "find", functools.partial(finder.find, isolate=False))
 
 
-def run(*words: str) -> subprocess.CompletedProcess[str]:
-    # With the heap out of the way a limit is as sharp as a GPU's: what is freed is there for the next.
-    environment = {**os.environ, **CHILD_ENVIRONMENT, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, *words]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="host memory is limited on Linux")
 def test_without_it_the_stated_batch_runs_out(tmp_path: Path) -> None:
-    done = run(str(SCRIPT), "plain", str(tmp_path))
+    done = run(SCRIPT, "plain", str(tmp_path))
     assert done.returncode == 1
     assert "DefaultCPUAllocator: can't allocate memory" in done.stderr
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="host memory is limited on Linux")
 def test_with_the_one_line_it_trains_to_the_end_with_the_gradients_of_the_whole_batch(tmp_path: Path) -> None:
-    done = run(str(SCRIPT), "tuned", str(tmp_path))
+    done = run(SCRIPT, "tuned", str(tmp_path))
     assert done.returncode == 0, done.stderr[-2000:]
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["steps"] == [256] * 4
@@ -103,7 +93,7 @@ def test_with_the_one_line_it_trains_to_the_end_with_the_gradients_of_the_whole_
 
 @pytest.mark.skipif(sys.platform != "linux", reason="host memory is limited on Linux")
 def test_the_example_says_what_it_trained_with(tmp_path: Path) -> None:
-    done = run(str(ROOT / "examples" / "hf_trainer.py"), str(tmp_path))
+    done = run(ROOT / "examples" / "hf_trainer.py", str(tmp_path))
     assert done.returncode == 0, done.stderr[-2000:]
     equation, steps = done.stdout.splitlines()[-2:]
     size, accumulated = map(int, re.findall(r"256 = (\d+) samples? x (\d+) steps?", equation)[0])
