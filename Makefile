@@ -11,6 +11,8 @@ PYTEST := $(RUN) -m pytest -q
 # Tests in parallel, a file at a time; a real GPU is for one of them alone.
 WORKERS ?= 2
 PARALLEL := -n $(WORKERS) --dist loadfile
+# Threads that wait for one another leave the cores to the other worker instead of spinning.
+export OMP_WAIT_POLICY := passive
 
 .PHONY: demo check test slow fix gpu bench clean
 

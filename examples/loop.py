@@ -7,8 +7,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import autobatch
 
 device = "cuda:0" if torch.cuda.is_available() else "cpu"
-data = TensorDataset(torch.randn(4096, 256), torch.randint(10, (4096,)))
-model = nn.Sequential(nn.Linear(256, 4096), nn.ReLU(), nn.Linear(4096, 10)).to(device)
+data = TensorDataset(torch.randn(1024, 256), torch.randint(10, (1024,)))
+model = nn.Sequential(nn.Linear(256, 2048), nn.ReLU(), nn.Linear(2048, 10)).to(device)
 optimizer = torch.optim.AdamW(model.parameters())
 
 

@@ -92,6 +92,12 @@ def _selects(expression: str, marks: set[str]) -> bool:
     return bool(eval(expression, {"__builtins__": {}}, Marks()))
 
 
+def pytest_collection_finish() -> None:
+    """Every trial collects garbage, and what all test files together import is large and none."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if has_real_gpu():
         return

@@ -68,7 +68,17 @@ def environment(state_path: Path, base: Mapping[str, str] = os.environ) -> dict[
         _FOLDER_VARIABLE: str(folder),
         # torch 2.14 prints a warning for every refused allocation, and a search refuses many.
         "TORCH_CPP_LOG_LEVEL": base.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
+        "GLIBC_TUNABLES": _with_huge_pages(base.get("GLIBC_TUNABLES")),
     }
+
+
+def _with_huge_pages(tunables: str | None) -> str:
+    """Batches are made in the host's memory for each step, and here that is most of a step: faulting in pages of
+    4 KiB took a third of a search with ResNet-50. (glibc 2.35 and newer; others ignore what they do not know.)
+    """
+    if tunables and "glibc.malloc.hugetlb=" in tunables:
+        return tunables
+    return ":".join(filter(None, (tunables, "glibc.malloc.hugetlb=1")))
 
 
 def _in_front(ours: str, theirs: str | None) -> str:

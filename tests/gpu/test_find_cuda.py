@@ -26,13 +26,6 @@ pytestmark = pytest.mark.gpu
 DEVICE = "cuda:0"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _imports_are_no_garbage() -> Any:
-    gc.freeze()  # a collection after each trial need not look at them
-    yield
-    gc.unfreeze()
-
-
 @pytest.fixture(autouse=True)
 def _clean_gpu() -> Any:
     gc.collect()

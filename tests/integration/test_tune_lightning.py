@@ -58,7 +58,6 @@ def _settled() -> Iterator[None]:
     with warnings.catch_warnings():
         settle()
         yield
-    gc.unfreeze()
     torch.set_num_threads(threads)
     logging.getLogger("lightning.pytorch").setLevel(level)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import json
 import re
 import sys
@@ -40,9 +39,7 @@ def _versions() -> Iterator[None]:
     print(", ".join(f"{name} {version(name)}" for name in names))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    gc.freeze()  # every trial collects garbage, and these libraries are large
     yield
-    gc.unfreeze()
     torch.set_num_threads(threads)
 
 

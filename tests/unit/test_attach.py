@@ -35,6 +35,7 @@ def test_environment_of_a_child(driver):
         "LD_LIBRARY_PATH": "/cache/driver",
         "TRITON_LIBCUDA_PATH": "/cache/driver",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
     }
 
 
@@ -44,6 +45,17 @@ def test_what_was_there_stays_behind_ours(driver):
     assert variables["LD_PRELOAD"] == "/cache/driver/liba.so:/cache/driver/libb.so:/usr/lib/libjemalloc.so"
     assert variables["LD_LIBRARY_PATH"] == "/cache/driver:/opt/lib:"
     assert variables["TORCH_CPP_LOG_LEVEL"] == "INFO"
+
+
+@pytest.mark.parametrize(
+    ("theirs", "both"),
+    [
+        ("glibc.malloc.arena_max=1", "glibc.malloc.arena_max=1:glibc.malloc.hugetlb=1"),
+        ("glibc.malloc.hugetlb=0", "glibc.malloc.hugetlb=0"),
+    ],
+)
+def test_settings_of_malloc_are_kept(driver, theirs, both):
+    assert attach.environment(Path("/run/state"), base={"GLIBC_TUNABLES": theirs})["GLIBC_TUNABLES"] == both
 
 
 def test_nesting_changes_nothing_more(driver):

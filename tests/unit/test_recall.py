@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 import sys
 from collections.abc import Iterator
@@ -20,14 +19,6 @@ from autobatch.probe.signature import signature_of
 from autobatch.testing import FakeDevice
 from autobatch.units import GIB, MIB
 from tests.workloads import small
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_collections() -> Iterator[None]:
-    """Every trial collects garbage: what is imported by now need not be looked at each time."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 class Net(nn.Sequential):
