@@ -17,7 +17,7 @@ from autobatch.probe.cache import ResultCache, open_cache
 from autobatch.probe.command import Command
 from autobatch.probe.command_executor import CommandExecutor
 from autobatch.probe.executor import Executor, LocalExecutor, Setting
-from autobatch.probe.guess import WITHIN_S, twin_of, virtual_guess
+from autobatch.probe.guess import WITHIN_S, short_of, twin_of, virtual_guess
 from autobatch.probe.inquiry import FRESH_AT_THE_EDGE, SHUFFLES, SHUFFLES_AT_THE_EDGE, Inquiry, capacity, least
 from autobatch.probe.isolation import ForkExecutor
 from autobatch.probe.neighbours import locked, shared
@@ -113,7 +113,8 @@ def find(
         memory_limit: bytes (``"10GiB"``) that the workload may have at most; on the host, what it may add to an idle
             process. Each rank has its own; without one, ranks of one machine share its memory equally.
         steps: training steps of a trial, at least 2: the first alone creates the optimizer's state.
-        avoid_oom: provoke no failure: approach from below and trust the measured memory.
+        avoid_oom: provoke no failure. A virtual GPU of the same size fails in the device's place where the workload
+            can be had there; the search stays within its answer, approaches from below and trusts the measured memory.
         isolate: True for trials in a child process, False for this one; ``"auto"`` takes a child where the workload
             can reach one. On host memory (Linux) live objects are tried in forks of this process: there a library that
             is refused memory may crash. ``environment["trials_in"]`` of the result says which it was.
@@ -186,11 +187,13 @@ def _found(
     if (known := recall.answer(inquiry.check)) is not None:
         notes = (*known.notes, *about_limit)
         return replace(known, notes=notes, duration_s=time.monotonic() - question.started_s)
-    guess = recall.first_guess or question.first_guess
+    guess, ceiling = recall.first_guess or question.first_guess, None
     if guess is None:
         guess, said = agreed.by_narrowest("a first guess", lambda: _guess(question, place, inquiry))
         recall.notes += [said] if said else []
-    answer = inquiry.search(question.rounding | question.limits, first_guess=guess)
+        if guess is not None and question.limits["avoid_oom"]:
+            guess, ceiling = short_of(guess, place.info()), guess
+    answer = inquiry.search(question.rounding | question.limits, first_guess=guess, ceiling=ceiling)
     result = inquiry.result(answer, question.headroom, limit_bytes, time.monotonic() - question.started_s)
     if isinstance(executor, CommandExecutor):
         result = executor.completed(result)
@@ -220,10 +223,11 @@ def _inquiry(question: _Question, place: Device, executor: Executor, own: Settin
 
 def _guess(question: _Question, place: Device, inquiry: Inquiry) -> tuple[int | None, str]:
     """What a virtual GPU of the same size answers; None where there can be none."""
-    card = twin_of(place.info(), inquiry.setting.budget_bytes)
+    card = twin_of(place.info(), inquiry.setting.budget_bytes, of_virtual=question.limits["avoid_oom"])
     if card is None:
         return None, ""
-    options = question.rounding | question.limits
+    # What fails there harms nobody.
+    options = question.rounding | question.limits | {"avoid_oom": False}
     return virtual_guess(question.source, card, lambda twin: _answer_of(inquiry.elsewhere(twin), options))
 
 

@@ -19,16 +19,29 @@ from autobatch.probe.source import Source, builder_of
 from autobatch.virtual.device import VirtualGPU
 from autobatch.virtual.host import check_host
 
+SHORT = 0.97
+"""The part of a virtual GPU's answer that a real one is asked for where nothing may fail."""
+
 WITHIN_S = 60.0
 """A guess that takes longer saves nothing: most real searches are over by then."""
 
 
-def twin_of(info: DeviceInfo, budget_bytes: int | None) -> str | None:
-    """A virtual card with ``budget_bytes`` for the workload and the capability of ``info``, a real NVIDIA GPU.
+def short_of(guess: int, info: DeviceInfo) -> int:
+    """Where to begin if nothing may fail and a virtual GPU says that ``guess`` fits: below it, unless the device is
+    virtual as well.
+    """
+    return guess if info.virtual else max(1, int(SHORT * guess))
+
+
+def twin_of(info: DeviceInfo, budget_bytes: int | None, *, of_virtual: bool = False) -> str | None:
+    """A virtual card with ``budget_bytes`` for the workload and the capability of ``info``, an NVIDIA GPU.
 
     None where there cannot be one: for another device, or on a machine without virtual GPUs.
+
+    Args:
+        of_virtual: also if the GPU is virtual itself, which is quicker to try than another, unless it must not fail.
     """
-    if info.kind != "cuda" or info.virtual or not info.capability or not budget_bytes:
+    if info.kind != "cuda" or (info.virtual and not of_virtual) or not info.capability or not budget_bytes:
         return None
     try:
         check_host()
@@ -53,7 +66,7 @@ def virtual_guess(source: Source, card: str, search: Callable[[Executor], int]) 
             guess = search(executor)
     except Exception as exc:  # noqa: BLE001 - a workload may fail in any way where all values are zero
         return None, f"A virtual GPU could not be asked for a first guess ({type(exc).__name__})."
-    return guess, f"The search began at {guess}, the answer of a virtual GPU of the same size."
+    return guess, f"A virtual GPU of the same size answers {guess}: the search began from there."
 
 
 def _there(source: Source, device: VirtualGPU) -> Executor | None:

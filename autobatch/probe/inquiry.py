@@ -77,8 +77,13 @@ class Inquiry:
             most = size if extent is None else min(size, extent.samples)
             self.executor.run(replace(self._request(most, mode, 1, ()), refuses_collectives=True))
 
-    def search(self, options: dict[str, Any], *, first_guess: int | None) -> dict[str, SearchAnswer]:
-        """An answer for each mode of the workload. Evaluation comes second, for training is what it runs amid."""
+    def search(
+        self, options: dict[str, Any], *, first_guess: int | None, ceiling: int | None = None
+    ) -> dict[str, SearchAnswer]:
+        """An answer for each mode of the workload. Evaluation comes second, for training is what it runs amid.
+
+        ``first_guess`` and ``ceiling`` are about the first.
+        """
         answers: dict[str, SearchAnswer] = {}
         for mode in ("train", "eval") if self.setting.mode == "both" else (self.setting.mode,):
             self.suspects.clear()
@@ -91,6 +96,7 @@ class Inquiry:
                     capacity_bytes=self.least_capacity_bytes,
                     clock=self.clock,
                     first_guess=self.trained or first_guess,
+                    ceiling=None if self.trained else ceiling,
                     **options,
                 )
             except DoesNotFitError as error:

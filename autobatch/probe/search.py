@@ -60,6 +60,7 @@ def search(
     capacity_bytes: int | None = None,
     first_guess: int | None = None,
     avoid_oom: bool = False,
+    ceiling: int | None = None,
     time_limit_s: float | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> SearchAnswer:
@@ -75,6 +76,7 @@ def search(
         capacity_bytes: what the workload can have in all. Without it peaks are not used.
         first_guess: a size to ask in place of ``start`` because the answer is expected there.
         avoid_oom: approach from below and stop where the peaks do not promise that more fits.
+        ceiling: with ``avoid_oom``, a size above which nothing is asked, because more is expected to fail.
         time_limit_s: after this many seconds no more is asked once a size is known to fit.
         clock: seconds, for ``time_limit_s``.
 
@@ -90,6 +92,7 @@ def search(
         capacity_bytes=capacity_bytes,
         first_guess=first_guess,
         avoid_oom=avoid_oom,
+        ceiling=ceiling,
         time_limit_s=time_limit_s,
     )
     bracket = Bracket(
@@ -101,7 +104,7 @@ def search(
         fit=MemoryFit(capacity_bytes),
         out_of_time=_timer(time_limit_s, clock),
     )
-    _find(bracket, first_guess=first_guess, avoid_oom=avoid_oom)
+    _find(bracket, first_guess=first_guess, avoid_oom=avoid_oom, ceiling=ceiling)
     proof = _proof(bracket, avoid_oom=avoid_oom)
     if settle(bracket, confirm):
         if not avoid_oom:
@@ -115,13 +118,13 @@ def search(
     )
 
 
-def _find(bracket: Bracket, *, first_guess: int | None, avoid_oom: bool) -> None:
+def _find(bracket: Bracket, *, first_guess: int | None, avoid_oom: bool, ceiling: int | None) -> None:
     """Narrows the bracket until it is closed, or for as long as the caller allows."""
     bracket.try_rank(bracket.start if first_guess is None else bracket.rank(first_guess))
     if not bracket.low:
         _fall(bracket, near_the_answer=first_guess is not None)
     if avoid_oom:
-        _creep(bracket)
+        _creep(bracket, math.inf if ceiling is None else ceiling)
     elif bracket.low:
         if first_guess is None or bracket.aim is not None:
             _approach(bracket, first_guess)
@@ -230,7 +233,7 @@ def _close(bracket: Bracket) -> None:
         bracket.guess(rank)
 
 
-def _creep(bracket: Bracket) -> None:
+def _creep(bracket: Bracket, ceiling: float) -> None:
     """Invariant: every size asked is one that the peaks promise to fit: up to a little below the aim, once it is near.
 
     Where the allocator gives cached memory back the aim moves on. How far it can go on no peak tells: so the lowest
@@ -238,7 +241,6 @@ def _creep(bracket: Bracket) -> None:
     """
     if bracket.aim is None:
         bracket.notes.append("The trials measured no peaks, so nothing says whether a larger batch would fit.")
-    ceiling = math.inf
     while bracket.low and not bracket.done and bracket.aim is not None:
         size, aim = bracket.size, bracket.aim
         if bracket.bound is None:

@@ -17,6 +17,7 @@ def check_arguments(
     capacity_bytes: int | None = None,
     first_guess: int | None = None,
     avoid_oom: bool = False,
+    ceiling: int | None = None,
     time_limit_s: float | None = None,
 ) -> Rounding:
     """Checks the arguments of a search without asking anything; returns the rounding they mean.
@@ -26,8 +27,8 @@ def check_arguments(
     """
     rounding = Rounding(multiple_of)
     check_count("start", start)
-    optional = {"max_batch_size": max_batch_size, "capacity_bytes": capacity_bytes, "first_guess": first_guess}
-    for name, count in optional.items():
+    optional = {"max_batch_size": max_batch_size, "capacity_bytes": capacity_bytes}
+    for name, count in (optional | {"first_guess": first_guess, "ceiling": ceiling}).items():
         if count is not None:
             check_count(name, count)
     if not isinstance(avoid_oom, bool):

@@ -52,7 +52,7 @@ def slow(device):
     import time
     time.sleep(60)
 """
-LIMITED = ("--device", "cpu", "--memory-limit", "300MiB", "--multiple-of", "pow2")
+LIMITED = ("--device", "cpu", "--memory-limit", "100MiB", "--multiple-of", "pow2")
 
 
 @pytest.fixture
@@ -125,6 +125,7 @@ def test_each_rank_has_a_virtual_gpu_of_its_own(target: str, started: list[Ranks
     assert "Largest batch on Virtual GPU 1GiB" in out
 
 
+@pytest.mark.slow
 def test_without_a_limit_the_line_says_that_memory_is_shared(target: str, started: list[Ranks]) -> None:
     started.append(Ranks(f"{target}:wrapped", "--device", "cpu", "--max-batch-size", "1"))
     (_, out, _), (_, silent, _) = started[0].end()

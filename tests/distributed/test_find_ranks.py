@@ -17,7 +17,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("limits", [[400, 264], [264, 400]])
+@pytest.mark.parametrize("limits", [[400, 264], pytest.param([264, 400], marks=pytest.mark.slow)])
 def test_two_ranks_agree_on_what_fits_the_smaller(two: Job, limits: list[int]) -> None:
     check_agreed(two.results(probes.search, limits=limits, per_sample=[1, 1]), 240, limits)
 

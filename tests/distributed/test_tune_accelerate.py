@@ -22,7 +22,7 @@ def _versions() -> None:
     print(f"accelerate {version('accelerate')}, torch {version('torch')}")
 
 
-@pytest.mark.parametrize("splits", [False, True])
+@pytest.mark.parametrize("splits", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_two_ranks_get_the_same_numbers_and_train_on(two: Job, splits: bool) -> None:
     """The second has less memory, so that it decides."""
     first, second = two.results(tunes.accelerate, limits=[96, 48], effective=256, splits=splits)
@@ -50,6 +50,7 @@ def check_alike(first: dict[str, Any], second: dict[str, Any]) -> None:
     assert first["windows"] == second["windows"]
 
 
+@pytest.mark.slow
 def test_without_an_effective_batch_a_step_is_what_fits_on_both(two: Job) -> None:
     first, second = two.results(tunes.accelerate, limits=[48, 96], effective=None)
     check_alike(first, second)

@@ -22,7 +22,7 @@ def _versions() -> None:
     print(f"pytorch-ignite {version('pytorch-ignite')}, torch {version('torch')}")
 
 
-@pytest.mark.parametrize("wrapped", [True, False])
+@pytest.mark.parametrize("wrapped", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_an_accumulator_on_two_ranks_takes_windows_of_all(two: Job, wrapped: bool) -> None:
     """The first has less memory, so that it decides."""
     options = {"limits": [48, 96], "effective": 256, "kind": "accumulated", "wrapped": wrapped}
@@ -36,7 +36,7 @@ def test_an_accumulator_on_two_ranks_takes_windows_of_all(two: Job, wrapped: boo
     assert first["notes"][-1].endswith("The loader's batch size on each rank was set to 128.")
 
 
-@pytest.mark.parametrize("effective", [16, None])
+@pytest.mark.parametrize("effective", [pytest.param(16, marks=pytest.mark.slow), None])
 def test_a_process_function_with_a_wrapped_model_gets_a_batch_size(two: Job, effective: int | None) -> None:
     first, second = two.results(tunes.ignite, limits=[96, 48], effective=effective, kind="supervised")
     check_alike(first, second)

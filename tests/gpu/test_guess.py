@@ -13,6 +13,8 @@ from torch import nn
 
 from autobatch import Workload, find
 from autobatch.device import cuda
+from autobatch.probe.rounding import Rounding
+from tests.conftest import has_real_gpu
 
 pytestmark = pytest.mark.gpu
 
@@ -24,8 +26,8 @@ def build(device: str) -> Workload:
     return Workload(model, optimizer, nn.functional.mse_loss, lambda n: (torch.zeros(n, 1024), torch.zeros(n, 1024)))
 
 
-@pytest.fixture(autouse=True)
-def _says_it_is_real(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def real(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "_is_virtual", lambda: False)
 
 
@@ -33,19 +35,36 @@ def answered(**options: Any) -> Any:
     return find(build, device="cuda:0", memory_limit="2GiB", **options)
 
 
-def test_the_search_begins_at_the_answer_of_a_virtual_gpu() -> None:
+def test_the_search_begins_at_the_answer_of_a_virtual_gpu(real: None) -> None:
     result = answered(isolate=True)
-    (said,) = [note for note in result.notes if "began at" in note]
-    assert said == f"The search began at {result.trials[0].batch_size}, the answer of a virtual GPU of the same size."
+    first = result.trials[0].batch_size
+    assert f"A virtual GPU of the same size answers {first}: the search began from there." in result.notes
     assert result.trial_count <= 4
     assert result.batch_size == answered(isolate=True, first_guess=result.batch_size).batch_size
 
 
-def test_a_guess_of_the_caller_s_own_is_not_asked_for_again() -> None:
-    assert not [note for note in answered(isolate=True, first_guess=64).notes if "began at" in note]
+def test_a_guess_of_the_caller_s_own_is_not_asked_for_again(real: None) -> None:
+    assert not [note for note in answered(isolate=True, first_guess=64).notes if "began" in note]
 
 
-def test_live_objects_cannot_be_had_in_a_child_and_are_searched_as_ever() -> None:
+def test_where_nothing_may_fail_the_search_stays_below_the_answer_of_a_virtual_gpu(real: None) -> None:
+    result = answered(isolate=True, avoid_oom=True)
+    (said,) = [note for note in result.notes if "began" in note]
+    answer = int(said.split("answers ")[1].split(":")[0])
+    assert result.trials[0].batch_size == Rounding("auto").down(int(0.97 * answer))
+    assert (result.oom_count, result.proof) == (0, "memory_model")
+    assert 0.95 * answer <= result.batch_size <= answer
+
+
+@pytest.mark.skipif(has_real_gpu(), reason="a virtual GPU is asked for by its name, and here is another")
+def test_another_virtual_gpu_fails_in_place_of_one_where_nothing_may() -> None:
+    careful, bold = (find(build, device="memory=1GiB,capability=8.0", avoid_oom=avoid) for avoid in (True, False))
+    assert bold.oom_count > 0
+    assert (careful.oom_count, careful.proof) == (0, "memory_model")
+    assert careful.batch_size == bold.batch_size
+
+
+def test_live_objects_cannot_be_had_in_a_child_and_are_searched_as_ever(real: None) -> None:
     result = find(build("cuda:0"), device="cuda:0", memory_limit="2GiB")
     assert result.trials[0].batch_size == 1
     assert not [note for note in result.notes if "guess" in note or "began" in note]

@@ -23,7 +23,7 @@ sizes = json.loads(sys.argv[2])
 torch.manual_seed(0)
 random.seed(0)
 numpy.random.seed(0)
-model = nn.Sequential(nn.Linear(64, 2048), nn.Dropout(0.2), nn.Linear(2048, 2048), nn.ReLU(), nn.Linear(2048, 8))
+model = nn.Sequential(nn.Linear(64, 1024), nn.Dropout(0.2), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 8))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 told = []
 accumulator = autobatch.Accumulator(
@@ -45,7 +45,7 @@ if limited:
     device = HostDevice()
     device.release()
     device.reset_peaks()
-    with device.restrict(160 * MIB):
+    with device.restrict(80 * MIB):
         train([1, 2])
 else:
     train([0, 1, 2])

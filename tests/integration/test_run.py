@@ -304,6 +304,7 @@ def test_torchrun_with_nccl_one_rank_a_card(tmp_path):
     assert all(20 * MIB < row.allocated < 60 * MIB for row in ranks)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_accelerate_launch(tmp_path):
     pytest.importorskip("accelerate")

@@ -54,6 +54,7 @@ def _no_accelerator_of_another_test(monkeypatch: pytest.MonkeyPatch) -> Iterator
 SCRIPT = Path(__file__).parent / "accelerate_under_limit.py"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="host memory is limited on Linux")
 def test_without_it_the_stated_batch_runs_out() -> None:
     done = run(SCRIPT, "plain")
@@ -346,6 +347,7 @@ def test_not_one_sample_fits_and_nothing_is_set() -> None:
     assert (loader.batch_sampler.batch_size, accelerator.gradient_accumulation_steps) == (32, 1)
 
 
+@pytest.mark.slow
 def test_the_example_runs() -> None:
     done = run(ROOT / "examples" / "accelerate_loop.py")
     assert done.returncode == 0, done.stderr[-2000:]

@@ -39,6 +39,7 @@ def _versions() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="host memory is limited on Linux")
 def test_without_it_the_stated_batch_runs_out() -> None:
     done = run(SCRIPT, "plain")
@@ -47,7 +48,7 @@ def test_without_it_the_stated_batch_runs_out() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="host memory is limited on Linux")
-@pytest.mark.parametrize("how", ["tuned", "attached"])
+@pytest.mark.parametrize("how", ["tuned", pytest.param("attached", marks=pytest.mark.slow)])
 def test_with_the_one_line_it_trains_to_the_end_with_the_gradients_of_the_whole_batch(how: str) -> None:
     done = run(SCRIPT, how)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -385,6 +386,7 @@ def test_a_stream_and_a_batch_sampler_of_its_own_are_refused() -> None:
     refused(InvalidArgumentError, "data=None: must be the loader", engine, model, optimizer, None)
 
 
+@pytest.mark.slow
 def test_the_example_runs() -> None:
     done = run(ROOT / "examples" / "ignite_engine.py")
     assert done.returncode == 0, done.stderr[-2000:]

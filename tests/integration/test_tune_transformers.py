@@ -65,6 +65,7 @@ def trials_here(monkeypatch: pytest.MonkeyPatch, few_trials: None) -> None:
     monkeypatch.setattr(sizes, "find", functools.partial(finder.find, isolate=False))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="host memory is limited on Linux")
 def test_without_it_the_stated_batch_runs_out(tmp_path: Path) -> None:
     done = run(SCRIPT, "plain", str(tmp_path))
@@ -88,6 +89,7 @@ def test_with_the_one_line_it_trains_to_the_end_with_the_gradients_of_the_whole_
     assert 4 <= eval_size < 512
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="host memory is limited on Linux")
 def test_the_example_says_what_it_trained_with(tmp_path: Path) -> None:
     done = run(ROOT / "examples" / "hf_trainer.py", str(tmp_path))

@@ -309,6 +309,16 @@ def test_avoid_oom_provokes_none(limit: int, base: float) -> None:
     assert answer.batch_size >= 0.9 * limit - 2 or limit < 20
 
 
+@given(limit=st.integers(1, 5000), base=st.floats(0, 0.95), short=st.floats(0.5, 1), expected=st.floats(0.5, 1))
+def test_avoid_oom_asks_for_nothing_above_its_ceiling(limit: int, base: float, short: float, expected: float) -> None:
+    oracle, ceiling = affine(limit, base), max(1, int(expected * limit))
+    guess = max(1, int(short * ceiling))
+    options: dict[str, Any] = {"first_guess": guess, "ceiling": ceiling, "avoid_oom": True}
+    answer = search(oracle, confirmed, multiple_of=1, capacity_bytes=CAPACITY, **options)
+    assert oracle.failures == 0
+    assert guess <= answer.batch_size <= max(oracle.trials) <= ceiling
+
+
 def test_avoid_oom_without_peaks_stays_where_it_began() -> None:
     answer = search(up_to(100), confirmed, start=4, avoid_oom=True, capacity_bytes=CAPACITY)
     assert (answer.batch_size, answer.proof) == (4, "memory_model")
@@ -456,6 +466,7 @@ def test_auto_rounding_gives_up_little_and_keeps_small_sizes() -> None:
         *(("growth", value) for value in (1, 1.0, 0.5, math.inf, math.nan, "2", True)),
         *(("capacity_bytes", value) for value in (0, -1, 1.5)),
         *(("first_guess", value) for value in (0, 2.5)),
+        *(("ceiling", value) for value in (0, 2.5)),
         *(("avoid_oom", value) for value in (None, 1, "yes")),
         *(("time_limit_s", value) for value in (0, -1, math.nan, "1h", True)),
     ],
