@@ -17,6 +17,13 @@ def little_memory():
 
 
 @pytest.fixture
+def two_gib():
+    """2 GiB for this process, beside what it has."""
+    with _at_most(2 * GIB, beside_what_it_has=True):
+        yield
+
+
+@pytest.fixture
 def card_of_24_gb():
     """A card of 24 GiB, as far as this process goes."""
     with _at_most(24 * GIB):

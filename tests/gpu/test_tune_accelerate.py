@@ -110,11 +110,11 @@ def test_a_scaler_that_ran_out_amid_its_step_is_as_it_was(little_memory: None) -
     assert found.batch_size >= loader.batch_sampler.batch_size
 
 
-def test_a_training_function_runs_at_nearly_the_largest_size_with_few_failures(little_memory: None) -> None:
-    """By the memory that its first steps took, of which a card as small as this one loses much between its blocks."""
+def test_a_training_function_runs_at_nearly_the_largest_size_with_few_failures(two_gib: None) -> None:
+    """By the memory that its first steps took: beside it, what is lost between blocks is little."""
     tried: list[tuple[int, int]] = []
 
-    @find_executable_batch_size(starting_batch_size=1 << 17)
+    @find_executable_batch_size(starting_batch_size=1 << 20)
     def train(batch_size: int, steps: int = 6) -> int:
         model = nn.Sequential(*[nn.Sequential(nn.Linear(256, 256), nn.GELU()) for _ in range(8)]).cuda()
         optimizer = torch.optim.AdamW(model.parameters())
@@ -127,7 +127,7 @@ def test_a_training_function_runs_at_nearly_the_largest_size_with_few_failures(l
 
     size = train()
     assert tried[-1][0] == size
-    halved = [1 << power for power in range(17, 0, -1) if 1 << power > size]
+    halved = [1 << power for power in range(20, 0, -1) if 1 << power > size]
     assert len(tried) <= len(halved) + 5
     assert ooms() - tried[0][1] <= len(halved) + 3
     # What it reached: a tenth more runs out, or nearly so.
