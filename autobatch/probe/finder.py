@@ -189,10 +189,10 @@ def _found(
         return replace(known, notes=notes, duration_s=time.monotonic() - question.started_s)
     guess, ceiling = recall.first_guess or question.first_guess, None
     if guess is None:
-        guess, said = agreed.by_narrowest("a first guess", lambda: _guess(question, place, inquiry))
+        guess, said = agreed.by_narrowest("a first guess", lambda: _guess(question, inquiry))
         recall.notes += [said] if said else []
         if guess is not None and question.limits["avoid_oom"]:
-            guess, ceiling = short_of(guess, place.info()), guess
+            guess, ceiling = short_of(guess, own.environment), guess
     answer = inquiry.search(question.rounding | question.limits, first_guess=guess, ceiling=ceiling)
     result = inquiry.result(answer, question.headroom, limit_bytes, time.monotonic() - question.started_s)
     if isinstance(executor, CommandExecutor):
@@ -221,9 +221,9 @@ def _inquiry(question: _Question, place: Device, executor: Executor, own: Settin
     )
 
 
-def _guess(question: _Question, place: Device, inquiry: Inquiry) -> tuple[int | None, str]:
+def _guess(question: _Question, inquiry: Inquiry) -> tuple[int | None, str]:
     """What a virtual GPU of the same size answers; None where there can be none."""
-    card = twin_of(place.info(), inquiry.setting.budget_bytes, of_virtual=question.limits["avoid_oom"])
+    card = twin_of(inquiry.setting, of_virtual=question.limits["avoid_oom"])
     if card is None:
         return None, ""
     # What fails there harms nobody.

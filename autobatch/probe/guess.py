@@ -6,14 +6,14 @@ is where the search on the real GPU begins; a wrong one costs trials, never corr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
+from typing import Any
 
-from autobatch.device.base import DeviceInfo
 from autobatch.errors import AutobatchError
 from autobatch.probe.command import Command
 from autobatch.probe.command_executor import CommandExecutor
-from autobatch.probe.executor import Executor
+from autobatch.probe.executor import Executor, Setting
 from autobatch.probe.isolation import ChildExecutor, is_importable
 from autobatch.probe.source import Source, builder_of
 from autobatch.virtual.device import VirtualGPU
@@ -26,30 +26,35 @@ WITHIN_S = 60.0
 """A guess that takes longer saves nothing: most real searches are over by then."""
 
 
-def short_of(guess: int, info: DeviceInfo) -> int:
+def short_of(guess: int, environment: Mapping[str, Any]) -> int:
     """Where to begin if nothing may fail and a virtual GPU says that ``guess`` fits: below it, unless the device is
     virtual as well.
     """
-    return guess if info.virtual else max(1, int(SHORT * guess))
+    return guess if environment["virtual"] else max(1, int(SHORT * guess))
 
 
-def twin_of(info: DeviceInfo, budget_bytes: int | None, *, of_virtual: bool = False) -> str | None:
-    """A virtual card with ``budget_bytes`` for the workload and the capability of ``info``, an NVIDIA GPU.
+def twin_of(setting: Setting, *, of_virtual: bool = False) -> str | None:
+    """A virtual card with the budget and the capability of ``setting``, that of an NVIDIA GPU.
+
+    By what the process of the trials has told: to ask the device here would put a context on it, at the trials' cost.
 
     None where there cannot be one: for another device, or on a machine without virtual GPUs.
 
     Args:
         of_virtual: also if the GPU is virtual itself, which is quicker to try than another, unless it must not fail.
     """
-    if info.kind != "cuda" or (info.virtual and not of_virtual) or not info.capability or not budget_bytes:
+    known = setting.environment
+    if known["kind"] != "cuda" or (known["virtual"] and not of_virtual):
+        return None
+    if not known["capability"] or not setting.budget_bytes:
         return None
     try:
         check_host()
     except AutobatchError:
         return None
-    multiprocessors = info.details.get("multiprocessors")
+    multiprocessors = known["details"].get("multiprocessors")
     sms = f",sms={multiprocessors}" if multiprocessors else ""
-    return f"memory={budget_bytes}B,capability={info.capability},outside=0{sms}"
+    return f"memory={setting.budget_bytes}B,capability={known['capability']},outside=0{sms}"
 
 
 def virtual_guess(source: Source, card: str, search: Callable[[Executor], int]) -> tuple[int | None, str]:

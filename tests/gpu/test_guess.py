@@ -5,6 +5,10 @@ Where there is no real GPU, the virtual one stands in for it: it says that it is
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +16,8 @@ import torch
 from torch import nn
 
 from autobatch import Workload, find
-from autobatch.device import cuda
+from autobatch.probe.executor import Setting
+from autobatch.probe.isolation import ChildExecutor
 from autobatch.probe.rounding import Rounding
 from tests.conftest import has_real_gpu
 
@@ -28,7 +33,13 @@ def build(device: str) -> Workload:
 
 @pytest.fixture
 def real(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "_is_virtual", lambda: False)
+    told = ChildExecutor.setting
+
+    def as_of_a_real_one(self: ChildExecutor) -> Setting:
+        setting = told(self)
+        return replace(setting, environment={**setting.environment, "virtual": False})
+
+    monkeypatch.setattr(ChildExecutor, "setting", as_of_a_real_one)
 
 
 def answered(**options: Any) -> Any:
@@ -68,3 +79,16 @@ def test_live_objects_cannot_be_had_in_a_child_and_are_searched_as_ever(real: No
     result = find(build("cuda:0"), device="cuda:0", memory_limit="2GiB")
     assert result.trials[0].batch_size == 1
     assert not [note for note in result.notes if "guess" in note or "began" in note]
+
+
+def test_the_process_that_asks_takes_nothing_of_the_gpu() -> None:
+    """Trials in another process would have so much less: a context takes hundreds of MiB."""
+    code = (
+        "import torch, autobatch\n"
+        "from tests.gpu.test_guess import build\n"
+        "found = autobatch.find(build, device='cuda:0', isolate=True, max_batch_size=4, cache=False)\n"
+        "print(found.batch_size, torch.cuda.is_initialized())\n"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert done.stdout == "4 False\n", done.stderr
