@@ -11,7 +11,9 @@ pytestmark = pytest.mark.distributed
 
 
 @pytest.mark.parametrize("kind", ["plain", "ddp", "fsdp"])
-@pytest.mark.parametrize(("job", "ends"), [("two", [7, 12]), ("four", [2, 3, 11, 12])])
+@pytest.mark.parametrize(
+    ("job", "ends"), [("two", [7, 12]), pytest.param("four", [2, 3, 11, 12], marks=pytest.mark.slow)]
+)
 def test_gradients_of_uneven_ranks_are_the_full_batchs(
     kind: str, job: str, ends: list[int], request: pytest.FixtureRequest
 ) -> None:

@@ -93,6 +93,7 @@ def uneven(rank: int, folder: str) -> None:
     autobatch.tune(made(rank, folder, []), effective_batch_size=33)
 
 
+@pytest.mark.slow
 def test_ranks_get_the_same_numbers_and_train_on(two: Job, tmp_path: Any) -> None:
     first, second = two.results(tuned, folder=str(tmp_path), limits=[120, 60])
     assert first == second

@@ -27,7 +27,7 @@ def made(size: int, told: list[Recovery] | None = None, **options) -> tuple[nn.M
     return model, Accumulator(model, optimizer, nn.MSELoss(), micro_batch_size=size, on_recovery=on_recovery, **options)
 
 
-@pytest.mark.parametrize("windows", [20, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("windows", [5, pytest.param(200, marks=pytest.mark.slow)])
 def test_recovered_windows_leave_no_byte(little_memory, windows):
     told: list[Recovery] = []
     model, accumulator = made(1 << 13, told)

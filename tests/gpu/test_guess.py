@@ -67,6 +67,7 @@ def test_where_nothing_may_fail_the_search_stays_below_the_answer_of_a_virtual_g
     assert 0.95 * answer <= result.batch_size <= answer
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(has_real_gpu(), reason="a virtual GPU is asked for by its name, and here is another")
 def test_another_virtual_gpu_fails_in_place_of_one_where_nothing_may() -> None:
     careful, bold = (find(build, device="memory=1GiB,capability=8.0", avoid_oom=avoid) for avoid in (True, False))

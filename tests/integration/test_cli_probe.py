@@ -108,6 +108,7 @@ class TestGPT2OnAnA100ThatIsNotThere:
         assert lines[-2].startswith(f"Largest batch on NVIDIA A100-SXM4-40GB (virtual): {result.batch_size} (")
         assert result.environment["virtual"] is True
 
+    @pytest.mark.slow
     def test_training_of_ones_own_fits_at_the_answer_and_not_far_above(self, gpt2_on_a100, tmp_path):
         size = gpt2_on_a100[0].batch_size
         path = tmp_path / "train.py"
@@ -214,6 +215,7 @@ def test_on_the_host_the_limit_is_named_and_kept(script):
     assert 1024 <= size < 64 * 2**20 // (4 * 4 * 64)
 
 
+@pytest.mark.slow
 def test_precision_checkpointing_and_mode_reach_the_trials(tmp_path):
     sizes = {}
     for name, options in {"plain": [], "less": ["--grad-checkpointing", "--precision", "bf16"]}.items():

@@ -198,6 +198,7 @@ PLAIN = [sys.executable, str(SCRIPTS / "plain.py")]
 ACCUMULATING = ["--accumulation-steps", "{accumulation_steps}", *SIZES]
 
 
+@pytest.mark.slow
 def test_a_trial_that_accumulates_holds_the_gradients_of_the_first_micro_batch(log):
     gradient_bytes = sum(4 * parameter.numel() for parameter in plain.model_of(1024, "cpu").parameters())
     peaks = {}

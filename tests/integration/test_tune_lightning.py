@@ -408,6 +408,7 @@ def test_evaluation_loaders_that_cannot_be_changed_must_fit() -> None:
         autobatch.tune(trainer, module, effective_batch_size=16, **FEW)
 
 
+@pytest.mark.slow
 def test_a_margin_is_kept() -> None:
     found = []
     for headroom in (0.0, 0.5):

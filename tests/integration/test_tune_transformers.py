@@ -375,6 +375,7 @@ def test_the_loss_is_divided_by_the_steps_once(tmp_path: Path, few_trials: None)
     assert trainer.accelerator.gradient_accumulation_steps == 1
 
 
+@pytest.mark.slow
 def test_a_cache_tells_windows_and_optimizers_apart(tmp_path: Path, few_trials: None) -> None:
     options = QUICK | {"cache": tmp_path / "answers"}
     first = autobatch.tune(plain(tmp_path), effective_batch_size=12, **options)
