@@ -46,8 +46,10 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="host memory is 
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("tune_lightning.py")
-FEW: dict[str, Any] = {"memory_limit": "100MiB", "max_batch_size": 8, "start": 8}
-"""A search of one trial: what comes of it is looked at here, not the search."""
+FEW: dict[str, Any] = {"memory_limit": "200MiB", "max_batch_size": 8, "start": 8}
+"""A search of one trial: what comes of it is looked at here, not the search. The limit is far off, also in a process in
+which other tests have left a heap full of holes.
+"""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -333,7 +335,7 @@ def test_evaluation_that_is_switched_off_is_left_alone() -> None:
 def test_a_data_module_is_given_numbers_by_its_hyperparameters() -> None:
     module, data, trainer = Evaluated(), Data(), trainer_of()
     result = autobatch.tune(trainer, module, data, effective_batch_size=16, **FEW)
-    assert (data.hparams.batch_size, data.hparams.eval_batch_size) == (8, 8)
+    assert (data.hparams.batch_size, data.hparams.eval_batch_size) == (8, 8), result
     assert (data.set_up, hasattr(data, "rows"), data.trainer) == (0, False, None)
     assert (
         "Set: accumulate_grad_batches=2 of the trainer (was 1); batch_size=8 of the hparams of Data (was 4); "
