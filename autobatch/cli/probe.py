@@ -129,7 +129,8 @@ def _picture(ctx: click.Context, param: click.Parameter, value: str | None) -> P
 @click.option(
     "--avoid-oom",
     is_flag=True,
-    help="Provoke no failure: approach from below and trust the measured memory, as on a GPU that others use too.",
+    help="Provoke no failure, for a GPU that others use too: a virtual one of its size fails in its place, if it can; "
+    "then approach from below and trust the measured memory.",
 )
 @click.option(
     "--time-limit",
