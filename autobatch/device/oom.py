@@ -119,10 +119,17 @@ def first_line(exc: BaseException) -> str:
     return lines[0] if len(lines[0]) <= _SHORT_LINE else ". ".join(lines[0].split(". ")[:2])
 
 
-def forget_frames(exc: BaseException) -> None:
-    """Clears the locals of every frame that ``exc``, or one it is chained to, holds: they are the tensors."""
-    for error in _chain(exc, hidden=True):
+def forget_frames(exc: BaseException, *, keep_places: bool = False) -> None:
+    """Lets go of the tensors that ``exc``, or one it is chained to, holds: in the locals of frames, and in the frames'
+    functions, which may be closures (a module with hooks calls itself through one, with its inputs).
+
+    Args:
+        keep_places: only the locals, so that the traceback of an error that is raised later still names its lines.
+    """
+    for error in list(_chain(exc, hidden=True)):
         traceback.clear_frames(error.__traceback__)
+        if not keep_places:
+            error.__traceback__ = None
 
 
 def classify_exit(signal_number: int, *, memory_exhausted: bool) -> Tier | None:

@@ -1,4 +1,4 @@
-"""A GradScaler after a step that failed."""
+"""A GradScaler amid trials: before their steps, and after one that failed."""
 
 from __future__ import annotations
 
@@ -15,3 +15,13 @@ def forget_step(scaler: Any) -> None:
     """
     if isinstance(scaler, torch.amp.GradScaler):
         scaler._per_optimizer_states.clear()
+
+
+def skip_no_step(scaler: Any) -> None:
+    """Lets a scaler multiply by one, so that gradients overflow only if they would in single precision.
+
+    A step whose gradients overflow is left out, and training's first often are, while the scale comes down from 65536:
+    a trial of such steps would never meet the optimizer's state. Anything but a GradScaler is left alone.
+    """
+    if isinstance(scaler, torch.amp.GradScaler) and scaler.is_enabled():
+        scaler.load_state_dict({**scaler.state_dict(), "scale": 1.0})

@@ -91,7 +91,7 @@ def _run_once(workload: Workload, device: Device, request: TrialRequest) -> tupl
             measured = replace(device.measure(), capacity_bytes=request.limit_bytes or device.budget_bytes())
         streams = device.streams() if tier is Tier.DEFINITE else None
         if failure is not None and tier is not None:
-            forget_frames(failure)
+            forget_frames(failure, keep_places=tier in (Tier.SUSPECT, Tier.FATAL))
         clean_up(workload, device)
     if failure is not None and tier is None:
         raise failure
@@ -113,6 +113,7 @@ def clean_up(workload: Workload, device: Device) -> None:
 def _run_steps(workload: Workload, device: Device, request: TrialRequest, progress: Progress) -> None:
     step = workload.eval_step if request.mode == "eval" else workload.train_step
     before = workload.eval_step if workload.mode == "eval" else workload.train_step
+    workload.skip_no_step()
     for size in request.sizes_before:
         before(size)
     if request.sizes_before:

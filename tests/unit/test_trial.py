@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import traceback
 import weakref
 
 import pytest
@@ -163,6 +164,53 @@ def test_nothing_of_a_failed_step_is_alive_afterwards() -> None:
     finally:
         gc.enable()
     assert [ref() for ref in alive] == [None, None]
+
+
+def test_the_inputs_of_a_model_with_hooks_are_not_alive_after_a_failure() -> None:
+    """torch calls such a model through a closure, which a frame holds beside its locals."""
+    model, alive = torch.nn.Linear(4, 4), list[weakref.ref[torch.Tensor]]()
+    model.register_forward_pre_hook(lambda *_: None)
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    model.register_forward_hook(fail)
+
+    def step(n: int) -> None:
+        batch = torch.ones(n, 4)
+        alive.append(weakref.ref(batch))
+        model(batch)
+
+    assert attempt(FakeDevice(100, lambda n: n), step).trial.outcome is Outcome.OOM
+    assert [ref() for ref in alive] == [None]
+
+
+def test_the_place_of_a_suspect_error_is_kept() -> None:
+    """It is raised as the workload's own if it turns out to mean something else."""
+
+    def step(n: int) -> None:
+        raise RuntimeError("CUDNN_STATUS_INTERNAL_ERROR")
+
+    suspect = attempt(FakeDevice(100, lambda n: n), step).suspect
+    assert suspect is not None
+    assert [frame.name for frame in traceback.extract_tb(suspect.__traceback__)][-1] == "step"
+
+
+def test_no_step_is_left_out_because_gradients_overflow() -> None:
+    """What the optimizer creates is part of a trial, and training's first scale is often too large."""
+    weight = torch.nn.Parameter(torch.full((4,), 1e30))
+    optimizer, scaler = torch.optim.Adam([weight]), torch.amp.GradScaler("cpu", init_scale=2.0**30)
+    states: list[int] = []
+
+    def step(n: int) -> None:
+        scaler.scale((weight * 1e30).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        states.append(len(optimizer.state))
+
+    workload = Workload.from_step(step, state=[weight, optimizer, scaler])
+    assert run_trial(workload, FakeDevice(100, lambda n: n), request()).trial.fits
+    assert states == [1, 1, 1]
 
 
 def test_memory_that_runs_out_while_a_trial_is_looked_at_is_out_of_memory() -> None:
