@@ -11,6 +11,8 @@ PYTEST := $(RUN) -m pytest -q
 # Tests in parallel, a file at a time; a real GPU is for one of them alone.
 WORKERS ?= 2
 PARALLEL := -n $(WORKERS) --dist loadfile
+# All that carries the mark: what it does not need may be missing on a lent machine.
+GPU_TESTS := tests/gpu tests/conformance tests/unit/test_device_cuda.py tests/unit/test_device_local.py
 # Threads that wait for one another leave the cores to the other worker instead of spinning.
 export OMP_WAIT_POLICY := passive
 
@@ -37,8 +39,10 @@ fix: $(READY)
 	$(RUN) -m ruff check --fix .
 
 gpu: $(READY)  ## on a machine with a GPU: what looks at computed values runs too, and fails without one
-	AUTOBATCH_REQUIRE_GPU=1 $(PYTEST) -m "(gpu or gpu_values) and not slow"
-	$(RUN) -m benchmarks.gpu --quick
+	@failed=0; \
+	AUTOBATCH_REQUIRE_GPU=1 $(PYTEST) -m "(gpu or gpu_values) and not slow" $(GPU_TESTS) || failed=1; \
+	for part in twins outside largest "gpu --quick" throughput; do $(RUN) -m benchmarks.$$part || failed=1; done; \
+	exit $$failed
 
 bench: $(READY)  ## autobatch and its peers, on virtual cards and host memory, into benchmarks/results
 	$(RUN) -m benchmarks

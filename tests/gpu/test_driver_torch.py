@@ -57,7 +57,7 @@ def test_a_grad_scaler_lets_steps_through(form):
         torch.ones(1, dtype=torch.long).cuda()
     net = nn.Linear(64, 64, device="cuda")
     optimizer = torch.optim.AdamW(net.parameters(), **form)
-    scaler = torch.amp.GradScaler("cuda")
+    scaler = torch.amp.GradScaler("cuda", init_scale=1.0)  # or real gradients overflow, and real steps are left out
     for _ in range(2):
         with torch.autocast("cuda", torch.float16):
             loss = net(torch.randn(4, 64, device="cuda")).float().sum()

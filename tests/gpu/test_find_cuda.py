@@ -230,7 +230,7 @@ def test_nothing_fits_beside_the_model() -> None:
     model = work.model
     model.norm = nn.Identity()  # which, unlike batch norm, allows a batch of one
     with pytest.raises(DoesNotFitError, match="batch 1 does not fit") as caught:
-        small_find(work, start=1, memory_limit=torch.cuda.memory_allocated() + 24 * MIB)
+        small_find(work, start=1, memory_limit=torch.cuda.memory_reserved() + 24 * MIB)
     assert caught.value.trial.outcome is Outcome.OOM
 
 

@@ -8,6 +8,9 @@ from importlib.metadata import version
 from typing import Any
 
 import pytest
+
+pytest.importorskip("ignite")
+
 import torch
 from ignite.engine import Engine, Events, create_supervised_trainer
 from torch import nn

@@ -79,8 +79,9 @@ def test_gpt2_trains_with_what_was_found_and_runs_out_above(
     assert args.per_device_eval_batch_size == result.eval_batch_size
     assert result.eval_batch_size is not None
     assert result.eval_batch_size > result.batch_size
+    assert result.smallest_failure is not None
     del trainer
-    size = int(1.3 * result.batch_size)
+    size = int(1.2 * result.smallest_failure)  # which may have failed by the headroom alone
     with pytest.raises(torch.OutOfMemoryError):
         gpt2(tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=4, **options).train()
 

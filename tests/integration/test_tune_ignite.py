@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+pytest.importorskip("ignite")
+
 import torch
 from ignite.engine import DeterministicEngine, Engine, Events, create_supervised_trainer
 from torch import nn

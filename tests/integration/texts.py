@@ -5,6 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+pytest.importorskip("datasets")
+pytest.importorskip("sentence_transformers")
+pytest.importorskip("trl")
+
 import datasets
 import torch
 import transformers
