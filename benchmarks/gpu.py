@@ -2,9 +2,9 @@
 
 A cell is a model of ``benchmarks/cells.py`` and what it may have: ``gpt2-16`` (GiB of reserved memory, by
 ``torch.cuda.set_per_process_memory_fraction`` or, for autobatch, ``memory_limit``) or ``gpt2-full``. The truth is the
-largest size that survives 20 steps in a fresh process, bisected around the answers::
+largest size that survives 20 steps in a fresh process, bisected around the answers, which takes longer than all else::
 
-    python -m benchmarks.gpu [--cells CELL ...] [--peers PEER ...] [--json FILE]
+    python -m benchmarks.gpu [--cells CELL ...] [--peers PEER ...] [--no-truth] [--json FILE]
 
 It runs as well on a GPU that is not there: ``autobatch run --gpu a100-40gb -- python -m benchmarks.gpu``.
 """
@@ -42,30 +42,32 @@ def place_of(name: str) -> tuple[Callable[..., Any], Place]:
     return _BUILDS[model], Place(device=_DEVICE, limit_bytes=None if size == "full" else int(size) * GIB)
 
 
-def run(names: Sequence[str], peers: Sequence[str]) -> dict[str, Any]:
-    """The rows of every cell that this GPU has the memory for, and the environment."""
+def run(names: Sequence[str], peers: Sequence[str], file: Path | None = None, *, truth: bool = True) -> dict[str, Any]:
+    """The rows of every cell that this GPU has the memory for, and the environment. Writes the file after each."""
     import_all()
     whole = Place(device=_DEVICE)
     known = environment(whole)
-    if known["device"] is None:
-        raise SystemExit(f"no GPU here: {known['error']}")
     free_bytes = forked(lambda: {"free": whole.open().budget_bytes()})["free"]
-    rows: list[dict[str, Any]] = []
+    results: dict[str, Any] = {"environment": known, "rows": []}
+    file = file or file_for(results)
     for name in names:
         build, place = place_of(name)
         if place.limit_bytes is not None and place.limit_bytes > free_bytes:
             print(f"{name}: left out, the GPU has {free_bytes} bytes free", file=sys.stderr)
             continue
-        rows += rows_here(name, build, place, peers, find_truth=True)
-        print("\n".join(json.dumps(row) for row in rows if row["cell"] == name), file=sys.stderr, flush=True)
-    return {"environment": known, "rows": rows}
+        rows = rows_here(name, build, place, peers, find_truth=truth)
+        results["rows"] += rows
+        file.write_text(as_text(results))
+        print("\n".join(json.dumps(row) for row in rows), file=sys.stderr, flush=True)
+    print(f"written: {file}", file=sys.stderr)
+    return results
 
 
-def file_for(results: dict[str, Any]) -> Path:
+def file_for(results: dict[str, Any], kind: str = "gpu") -> Path:
     """Named after the GPU, and after its being virtual."""
     known = results["environment"]
     title = re.sub(r"[^a-z0-9]+", "_", known["device"].lower()).strip("_")
-    return RESULTS / f"gpu_{title}{'_virtual' if is_virtual(Place(device=_DEVICE)) else ''}.json"
+    return RESULTS / f"{kind}_{title}{'_virtual' if is_virtual(Place(device=_DEVICE)) else ''}.json"
 
 
 def main() -> None:
@@ -73,6 +75,7 @@ def main() -> None:
     parser.add_argument("--cells", nargs="+", default=CELLS, metavar="CELL")
     parser.add_argument("--peers", nargs="+", default=(), choices=PEERS, metavar="PEER")
     parser.add_argument("--quick", action="store_true", help=f"{', '.join(QUICK)}, and {len(QUICK_PEERS)} peers")
+    parser.add_argument("--no-truth", action="store_true", help="answers only")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     names = QUICK if options.quick else options.cells
@@ -81,11 +84,8 @@ def main() -> None:
             place_of(name)
     except ValueError as error:
         parser.error(str(error))
-    results = run(names, options.peers or (QUICK_PEERS if options.quick else tuple(PEERS)))
-    file = options.json or file_for(results)
-    file.write_text(as_text(results))
-    print(table(results["rows"]))
-    print(f"written: {file}", file=sys.stderr)
+    peers = options.peers or (QUICK_PEERS if options.quick else tuple(PEERS))
+    print(table(run(names, peers, options.json, truth=not options.no_truth)["rows"]))
 
 
 if __name__ == "__main__":

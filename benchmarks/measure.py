@@ -172,8 +172,13 @@ def largest_surviving(build: Callable[..., Any], place: Place, near: list[int]) 
 
 
 def environment(place: Place) -> dict[str, Any]:
-    """Where and with what this is measured: the device as torch sees it, and versions."""
+    """Where and with what this is measured: the device as torch sees it, and versions.
+
+    Ends the program where there is no such device.
+    """
     known = forked(lambda: describe(place.open()))
+    if "error" in known:
+        raise SystemExit(f"{place.device} is not here: {known['error']}")
     kept = {key: known.get(key) for key in ("device", "driver", "torch", "cuda", "python", "autobatch")}
     versions = {}
     for name in LIBRARIES:
@@ -184,6 +189,8 @@ def environment(place: Place) -> dict[str, Any]:
         "virtual": is_virtual(place),
         "limit_bytes": place.limit_bytes,
         "libraries": versions,
+        # torch's own variable: matrix products of fp32 in the format of tensor cores, which takes no more memory.
+        "tf32": os.environ.get("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE") == "1",
         "cpus": os.cpu_count(),
         "date": datetime.now(timezone.utc).date().isoformat(),
     }

@@ -1,6 +1,7 @@
 """Steps per second of Accumulator and Trainer beside a loop written by hand, Lightning and the HF Trainer.
 
-All train the same small transformer on the CPU with the same effective batch in the same micro-batches. They take
+All train the same small transformer with the same effective batch in the same micro-batches: here on the CPU, by
+``benchmarks/throughput.py`` on a GPU. They take
 turns in short blocks, in an order that is drawn anew each round; what is compared is the time from the end of a block's
 first window to the end of its last, so that no start-up counts. A block is within the first 32 windows of a Trainer,
 all of which measure the noise scale; later it is one in four. The figure is the median over the rounds of the loop's
@@ -37,6 +38,8 @@ TOKENS, CLASSES, WIDTH, LAYERS = 64, 512, 256, 4
 
 Clock = Callable[[], None]
 """Is called at the end of every window."""
+Contender = Callable[[TensorDataset, str], Callable[[Clock], None]]
+"""From the data and the device to what trains one block on it."""
 
 
 class Model(nn.Module):
@@ -58,22 +61,22 @@ def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
-def made() -> tuple[Model, torch.optim.Optimizer]:
+def made(device: str) -> tuple[Model, torch.optim.Optimizer]:
     torch.manual_seed(0)
-    model = Model()
+    model = Model().to(device)
     return model, torch.optim.AdamW(model.parameters(), lr=1e-4)
 
 
-def by_hand(data: TensorDataset) -> Callable[[Clock], None]:
-    model, optimizer = made()
+def by_hand(data: TensorDataset, device: str) -> Callable[[Clock], None]:
+    model, optimizer = made(device)
 
     def block(clock: Clock) -> None:
         model.train()
         batches = iter(DataLoader(data, MICRO, shuffle=True))
         for _ in range(WINDOWS):
-            total = torch.zeros(())
+            total = torch.zeros((), device=device)
             for _ in range(STEPS):
-                x, y = next(batches)
+                x, y = (part.to(device) for part in next(batches))
                 loss = loss_of(model(x), y) / STEPS
                 loss.backward()
                 total = total + loss.detach()
@@ -85,8 +88,8 @@ def by_hand(data: TensorDataset) -> Callable[[Clock], None]:
     return block
 
 
-def accumulator(data: TensorDataset) -> Callable[[Clock], None]:
-    model, optimizer = made()
+def accumulator(data: TensorDataset, device: str) -> Callable[[Clock], None]:
+    model, optimizer = made(device)
     ours = autobatch.Accumulator(model, optimizer, loss_of, micro_batch_size=MICRO, max_grad_norm=1.0)
 
     def block(clock: Clock) -> None:
@@ -98,9 +101,9 @@ def accumulator(data: TensorDataset) -> Callable[[Clock], None]:
     return block
 
 
-def trainer(noise: bool) -> Callable[[TensorDataset], Callable[[Clock], None]]:
-    def contender(data: TensorDataset) -> Callable[[Clock], None]:
-        model, optimizer = made()
+def trainer(noise: bool) -> Contender:
+    def contender(data: TensorDataset, device: str) -> Callable[[Clock], None]:
+        model, optimizer = made(device)
         clocks: list[Clock] = []
         ours = autobatch.Trainer(
             model,
@@ -123,12 +126,12 @@ def trainer(noise: bool) -> Callable[[TensorDataset], Callable[[Clock], None]]:
     return contender
 
 
-def lightning(data: TensorDataset) -> Callable[[Clock], None]:
+def lightning(data: TensorDataset, device: str) -> Callable[[Clock], None]:
     import lightning
 
     logging.getLogger("lightning").setLevel(logging.ERROR)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    model, optimizer = made()
+    model, optimizer = made(device)
     clocks: list[Clock] = []
 
     class Module(lightning.LightningModule):
@@ -151,7 +154,8 @@ def lightning(data: TensorDataset) -> Callable[[Clock], None]:
         clocks[:] = [clock]
         lightning.Trainer(
             max_epochs=1,
-            accelerator="cpu",
+            accelerator="cpu" if device == "cpu" else "gpu",
+            devices=1,
             accumulate_grad_batches=STEPS,
             gradient_clip_val=1.0,
             callbacks=[Clocked()],
@@ -164,11 +168,11 @@ def lightning(data: TensorDataset) -> Callable[[Clock], None]:
     return block
 
 
-def transformers(data: TensorDataset) -> Callable[[Clock], None]:
+def transformers(data: TensorDataset, device: str) -> Callable[[Clock], None]:
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
-    model, optimizer = made()
+    model, optimizer = made(device)
     folder = tempfile.TemporaryDirectory()
     clocks: list[Clock] = []
 
@@ -186,7 +190,8 @@ def transformers(data: TensorDataset) -> Callable[[Clock], None]:
         gradient_accumulation_steps=STEPS,
         max_grad_norm=1.0,
         num_train_epochs=1,
-        use_cpu=True,
+        use_cpu=device == "cpu",
+        dataloader_pin_memory=False,  # as everybody else
         report_to=[],
         save_strategy="no",
         logging_strategy="no",
@@ -208,7 +213,7 @@ def transformers(data: TensorDataset) -> Callable[[Clock], None]:
     return block
 
 
-CONTENDERS: dict[str, Callable[[TensorDataset], Callable[[Clock], None]]] = {
+CONTENDERS: dict[str, Contender] = {
     "by hand": by_hand,
     "Accumulator": accumulator,
     "Trainer": trainer(noise=True),
@@ -221,7 +226,13 @@ CONTENDERS: dict[str, Callable[[TensorDataset], Callable[[Clock], None]]] = {
 def seconds_of(block: Callable[[Clock], None]) -> float:
     """From the end of the first window to that of the last."""
     ends: list[float] = []
-    block(lambda: ends.append(time.perf_counter()))
+
+    def clock() -> None:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        ends.append(time.perf_counter())
+
+    block(clock)
     if len(ends) != WINDOWS:
         raise RuntimeError(f"{len(ends)} windows instead of {WINDOWS}")
     return ends[-1] - ends[0]
@@ -234,12 +245,12 @@ def interval(ratios: Sequence[float]) -> tuple[float, float]:
     return medians[50], medians[1949]
 
 
-def run(rounds: int) -> list[dict[str, Any]]:
+def run(rounds: int, device: str = "cpu") -> list[dict[str, Any]]:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)  # threads that wait for a busy core say nothing
     tokens = torch.randint(CLASSES, (WINDOWS * EFFECTIVE, TOKENS))
     data = TensorDataset(tokens, tokens.roll(-1, 1))
-    blocks = {name: contender(data) for name, contender in CONTENDERS.items()}
+    blocks = {name: contender(data, device) for name, contender in CONTENDERS.items()}
     for block in blocks.values():
         seconds_of(block)  # what is made once
     times: dict[str, list[float]] = {name: [] for name in blocks}
