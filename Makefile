@@ -11,8 +11,10 @@ PYTEST := $(RUN) -m pytest -q
 # Tests in parallel, a file at a time; a real GPU is for one of them alone.
 WORKERS ?= 2
 PARALLEL := -n $(WORKERS) --dist loadfile
-# All that carries the mark: what it does not need may be missing on a lent machine.
+# All that carries the mark: what it does not need may be missing on a lent machine. And those of it that make virtual
+# GPUs for processes of their own, and leave a real one alone.
 GPU_TESTS := tests/gpu tests/conformance tests/unit/test_device_cuda.py tests/unit/test_device_local.py
+TWIN_TESTS := $(wildcard tests/gpu/test_virtual_*.py tests/gpu/test_driver_p*.py tests/gpu/test_*_ranks.py)
 # Threads that wait for one another leave the cores to the other worker instead of spinning.
 export OMP_WAIT_POLICY := passive
 
@@ -40,8 +42,13 @@ fix: $(READY)
 
 gpu: $(READY)  ## on a machine with a GPU: what looks at computed values runs too, and fails without one
 	@failed=0; \
-	AUTOBATCH_REQUIRE_GPU=1 $(PYTEST) -m "(gpu or gpu_values) and not slow" $(GPU_TESTS) || failed=1; \
-	for part in twins outside largest "gpu --quick" throughput; do $(RUN) -m benchmarks.$$part || failed=1; done; \
+	$(PYTEST) -n auto -m "gpu and not slow" $(TWIN_TESTS) & twins=$$!; \
+	AUTOBATCH_REQUIRE_GPU=1 $(PYTEST) -m "(gpu or gpu_values) and not slow" $(GPU_TESTS) $(TWIN_TESTS:%=--ignore=%) \
+		|| failed=1; \
+	wait $$twins || failed=1; \
+	for part in twins outside "largest --quick" "gpu --quick" throughput; do \
+		$(RUN) -m benchmarks.$$part || failed=1; \
+	done; \
 	exit $$failed
 
 bench: $(READY)  ## autobatch and its peers, on virtual cards and host memory, into benchmarks/results

@@ -40,6 +40,8 @@ CELLS = (
     "llama-24",
     "gpt2-full",
 )
+QUICK = ("resnet50-8", "resnet50-16", "vit_b_16-24", "gpt2-16")
+"""For ``make gpu``: a minute or two."""
 EXACT: dict[str, Any] = {"multiple_of": 1, "headroom": 0.0, "cache": None}
 STEPS_AFTER, STEPS_ABOVE = 50, 20
 _WITHIN_S = 240.0
@@ -218,6 +220,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cells", nargs="+", default=CELLS, metavar="CELL")
+    parser.add_argument("--quick", action="store_true", help=", ".join(QUICK))
     parser.add_argument("--at-once", type=int, default=4, help="cells that share the GPU (4)")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
@@ -230,7 +233,7 @@ def main() -> None:
     if options.one is not None:
         print(json.dumps(one(options.cells[0], options.one)))
     else:
-        print(table(run(options.cells, options.at_once, options.json)["rows"]))
+        print(table(run(QUICK if options.quick else options.cells, options.at_once, options.json)["rows"]))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 For each model sizes double to the first that does not fit; a size's time is the median of its steps after two that do
 not count, each waited for. Beside that ``benchmarks/training.py``, on the GPU::
 
-    python -m benchmarks.throughput [--models MODEL ...] [--rounds 20] [--json FILE]
+    python -m benchmarks.throughput [--models MODEL ...] [--rounds 10] [--json FILE]
 
 A virtual GPU has no times: this refuses one.
 """
@@ -98,7 +98,7 @@ def run(models: Sequence[str], rounds: int, file: Path | None = None) -> dict[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS, metavar="MODEL")
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     results = run(options.models, options.rounds, options.json)
