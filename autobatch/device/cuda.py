@@ -50,7 +50,7 @@ class CudaDevice:
         properties = torch.cuda.get_device_properties(self._index)
         free_bytes, total_bytes = torch.cuda.mem_get_info(self._index)
         kind = "rocm" if torch.version.hip else "cuda"
-        seen = nvml.find_gpu(str(properties.uuid)) if kind == "cuda" else None
+        seen = nvml.find_gpu(str(properties.uuid), holds_memory=True) if kind == "cuda" else None
         known = seen or DeviceInfo(name=properties.name, kind=kind, uuid=str(properties.uuid))
         return replace(
             known,

@@ -44,13 +44,18 @@ def list_gpus(*, nvml: Any = pynvml, environ: Mapping[str, str] = os.environ) ->
     return [replace(row, index=order.index(row.uuid) if order and row.uuid in order else None) for row in rows]
 
 
-def find_gpu(uuid: str, *, nvml: Any = pynvml) -> DeviceInfo | None:
-    """The GPU or MIG slice with this UUID, with or without its prefix; None if the driver does not tell."""
+def find_gpu(uuid: str, *, nvml: Any = pynvml, holds_memory: bool = False) -> DeviceInfo | None:
+    """The GPU or MIG slice with this UUID, with or without its prefix; None if the driver does not tell.
+
+    Args:
+        holds_memory: whether the present process certainly holds memory of it. A driver that does not list it then
+            lists none, or those outside of this container by other numbers: who they are is unknown.
+    """
     with _session(nvml) as driver:
         for name in (uuid, f"GPU-{uuid}", f"MIG-{uuid}"):
             handle = _ask(driver, "nvmlDeviceGetHandleByUUID", name)
             if handle is not None:
-                return _describe(driver, handle)
+                return _describe(driver, handle, holds_memory=holds_memory)
     return None
 
 
@@ -110,11 +115,13 @@ def _ask(driver: Any, function: str, *arguments: Any) -> Any:
         return None
 
 
-def _describe(driver: Any, handle: Any) -> DeviceInfo:
+def _describe(driver: Any, handle: Any, *, holds_memory: bool = False) -> DeviceInfo:
     memory = _ask(driver, "nvmlDeviceGetMemoryInfo", handle)
     capability = _ask(driver, "nvmlDeviceGetCudaComputeCapability", handle)
     power_limit_mw = _ask(driver, "nvmlDeviceGetPowerManagementLimit", handle)
     processes = _processes(driver, handle)
+    if holds_memory and processes is not None and os.getpid() not in {process.pid for process in processes}:
+        processes = None
     details = {
         "compute_mode": _ask(driver, "nvmlDeviceGetComputeMode", handle),
         "mig": (_ask(driver, "nvmlDeviceGetMigMode", handle) or [None])[0],

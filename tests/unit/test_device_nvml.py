@@ -151,6 +151,19 @@ def test_processes_that_the_driver_does_not_tell_are_unknown() -> None:
     assert row.details["others_unknown"] is True
 
 
+@pytest.mark.parametrize("listed", [(), (process(1, GIB),)], ids=["none", "by other numbers"])
+def test_a_driver_that_does_not_list_a_process_with_memory_tells_of_no_other(listed: tuple) -> None:
+    """As in a container: the present process may be among those that are listed, under another number."""
+    driver = Driver(gpu(A, processes=listed))
+    hidden = find_gpu(A, nvml=driver, holds_memory=True)
+    assert hidden is not None
+    assert (hidden.others, hidden.details["others_unknown"]) == ((), True)
+    seen = find_gpu(A, nvml=Driver(gpu(A, processes=(process(os.getpid(), GIB), *listed))), holds_memory=True)
+    assert seen is not None
+    assert [other.pid for other in seen.others] == [other.pid for other in listed]
+    assert "others_unknown" not in seen.details
+
+
 @pytest.mark.parametrize("call", CALLS)
 def test_no_refusal_is_an_error(call: str) -> None:
     driver = Driver(gpu(A, processes=(process(1, GIB),), slices=(gpu("MIG-1"),)), refused=(call,))
