@@ -22,7 +22,7 @@ from typing import Any
 from autobatch.units import GIB
 from benchmarks import cells
 from benchmarks.measure import Place, environment, forked, is_virtual
-from benchmarks.peers import RESULTS, as_text, rows_here
+from benchmarks.peers import RESULTS, against, as_text, found_among, rows_here
 from benchmarks.searches import PEERS, import_all
 from benchmarks.tables import table
 
@@ -43,7 +43,8 @@ def place_of(name: str) -> tuple[Callable[..., Any], Place]:
 
 
 def run(names: Sequence[str], peers: Sequence[str], file: Path | None = None, *, truth: bool = True) -> dict[str, Any]:
-    """The rows of every cell that this GPU has the memory for, and the environment. Writes the file after each."""
+    """The rows of every cell that this GPU has the memory for, and the environment. Writes the file as
+    they come."""
     import_all()
     whole = Place(device=_DEVICE)
     known = environment(whole)
@@ -55,10 +56,16 @@ def run(names: Sequence[str], peers: Sequence[str], file: Path | None = None, *,
         if place.limit_bytes is not None and place.limit_bytes > free_bytes:
             print(f"{name}: left out, the GPU has {free_bytes} bytes free", file=sys.stderr)
             continue
-        rows = rows_here(name, build, place, peers, find_truth=truth)
-        results["rows"] += rows
-        file.write_text(as_text(results))
-        print("\n".join(json.dumps(row) for row in rows), file=sys.stderr, flush=True)
+        before, rows = results["rows"], list[dict[str, Any]]()
+        for peer in peers:
+            found = rows_here(name, build, place, [peer])
+            rows += found
+            results["rows"] = before + rows
+            file.write_text(as_text(results))
+            print("\n".join(json.dumps(row) for row in found), file=sys.stderr, flush=True)
+        if truth:
+            results["rows"] = before + against(found_among(rows, build, place), rows)
+            file.write_text(as_text(results))
     print(f"written: {file}", file=sys.stderr)
     return results
 

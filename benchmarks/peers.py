@@ -102,11 +102,22 @@ def rows_here(
 ) -> list[dict[str, Any]]:
     """One row for each peer, measured by forks of this process; the truth too, if it is to be found here."""
     takers = [name for name in peers if ALL[name].takes(build.__name__)]
-    rows = [measure(name, ALL[name], build, place) for name in takers]
-    if find_truth:
-        solid = largest_surviving(build, place, [row["answer"] for row in rows if row.get("answer")])
+    rows = [{"cell": cell, **measure(name, ALL[name], build, place)} for name in takers]
+    return against(found_among(rows, build, place) if find_truth else solid, rows)
+
+
+def found_among(rows: Sequence[Mapping[str, Any]], build: Callable[..., Any], place: Place) -> int:
+    """The truth, looked for around the answers of ``rows``."""
+    return largest_surviving(build, place, [row["answer"] for row in rows if row.get("answer")])
+
+
+def against(solid: int | None, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """``rows`` with the truth, and their answers over it."""
     ratios = [round(row["answer"] / solid, 4) if solid and row.get("answer") else None for row in rows]
-    return [{"cell": cell, "solid": solid, "ratio": ratio, **row} for ratio, row in zip(ratios, rows, strict=True)]
+    told = [{"cell": row["cell"], "solid": solid, "ratio": ratio} for row, ratio in zip(rows, ratios, strict=True)]
+    return [
+        {**first, **{key: row[key] for key in row if key not in first}} for row, first in zip(rows, told, strict=True)
+    ]
 
 
 def one(kind: str, cell: str, peers: Sequence[str]) -> dict[str, Any]:
