@@ -43,8 +43,7 @@ def place_of(name: str) -> tuple[Callable[..., Any], Place]:
 
 
 def run(names: Sequence[str], peers: Sequence[str], file: Path | None = None, *, truth: bool = True) -> dict[str, Any]:
-    """The rows of every cell that this GPU has the memory for, and the environment. Writes the file as
-    they come."""
+    """The rows of every cell that this GPU has the memory for, and the environment; in ``file`` as they come."""
     import_all()
     whole = Place(device=_DEVICE)
     known = environment(whole)
