@@ -51,7 +51,8 @@ class CudaDevice:
         free_bytes, total_bytes = torch.cuda.mem_get_info(self._index)
         kind = "rocm" if torch.version.hip else "cuda"
         seen = nvml.find_gpu(str(properties.uuid), holds_memory=True) if kind == "cuda" else None
-        known = seen or DeviceInfo(name=properties.name, kind=kind, uuid=str(properties.uuid))
+        unseen = {"others_unknown": True}
+        known = seen or DeviceInfo(name=properties.name, kind=kind, uuid=str(properties.uuid), details=unseen)
         return replace(
             known,
             index=self._index,

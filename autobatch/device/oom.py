@@ -119,16 +119,16 @@ def first_line(exc: BaseException) -> str:
     return lines[0] if len(lines[0]) <= _SHORT_LINE else ". ".join(lines[0].split(". ")[:2])
 
 
-def forget_frames(exc: BaseException, *, keep_places: bool = False) -> None:
-    """Lets go of the tensors that ``exc``, or one it is chained to, holds: in the locals of frames, and in the frames'
-    functions, which may be closures (a module with hooks calls itself through one, with its inputs).
+def forget_frames(exc: BaseException, *, places_too: bool = False) -> None:
+    """Clears the locals of every frame that ``exc``, or one it is chained to, holds: they are the tensors.
 
     Args:
-        keep_places: only the locals, so that the traceback of an error that is raised later still names its lines.
+        places_too: also lets go of the frames, for an error that nobody will raise again. Their functions may be
+            closures that hold tensors: torch calls a module with hooks through one, with its inputs.
     """
     for error in list(_chain(exc, hidden=True)):
         traceback.clear_frames(error.__traceback__)
-        if not keep_places:
+        if places_too:
             error.__traceback__ = None
 
 

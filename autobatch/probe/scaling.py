@@ -13,11 +13,11 @@ def forget_step(scaler: Any) -> None:
     Nothing public of torch does so: ``load_state_dict`` leaves it, and ``update`` needs a step that came to its end.
     Anything but a GradScaler is left alone.
     """
-    if isinstance(scaler, torch.amp.GradScaler):
+    if isinstance(scaler, torch.amp.GradScaler) and scaler.is_enabled():
         scaler._per_optimizer_states.clear()
 
 
-def skip_no_step(scaler: Any) -> None:
+def scale_by_one(scaler: Any) -> None:
     """Lets a scaler multiply by one, so that gradients overflow only if they would in single precision.
 
     A step whose gradients overflow is left out, and training's first often are, while the scale comes down from 65536:

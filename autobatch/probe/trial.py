@@ -56,7 +56,7 @@ class Progress:
 
 def run_trial(workload: Workload, device: Device, request: TrialRequest) -> Attempt:
     """Runs ``request`` and says what became of it. Afterwards nothing of it is alive and the caches are empty, as it
-    expects to find them.
+    expects to find them. What its steps changed, a loss's scale among it, is for the caller to put back.
 
     Every exception that does not mean "out of memory" is raised unchanged, and so is a broken device context, as
     :class:`~autobatch.errors.DeviceCorruptedError`.
@@ -91,7 +91,7 @@ def _run_once(workload: Workload, device: Device, request: TrialRequest) -> tupl
             measured = replace(device.measure(), capacity_bytes=request.limit_bytes or device.budget_bytes())
         streams = device.streams() if tier is Tier.DEFINITE else None
         if failure is not None and tier is not None:
-            forget_frames(failure, keep_places=tier in (Tier.SUSPECT, Tier.FATAL))
+            forget_frames(failure, places_too=tier not in (Tier.SUSPECT, Tier.FATAL))
         clean_up(workload, device)
     if failure is not None and tier is None:
         raise failure
@@ -113,7 +113,8 @@ def clean_up(workload: Workload, device: Device) -> None:
 def _run_steps(workload: Workload, device: Device, request: TrialRequest, progress: Progress) -> None:
     step = workload.eval_step if request.mode == "eval" else workload.train_step
     before = workload.eval_step if workload.mode == "eval" else workload.train_step
-    workload.skip_no_step()
+    if workload.mode != "eval":
+        workload.scale_by_one()
     for size in request.sizes_before:
         before(size)
     if request.sizes_before:

@@ -18,7 +18,7 @@ from autobatch.probe.batch import move, tensors
 from autobatch.probe.data import Batches, DatasetBatches, Extent, batches_of
 from autobatch.probe.ema import update_of
 from autobatch.probe.forward import device_of, forward, local
-from autobatch.probe.scaling import forget_step, skip_no_step
+from autobatch.probe.scaling import forget_step, scale_by_one
 from autobatch.probe.workload_arguments import check_functions, check_model, check_options
 
 
@@ -180,10 +180,13 @@ class Workload:
         states = [item.state for item in self.stateful if isinstance(item, torch.optim.Optimizer)]
         self._slots = [(state, set(map(id, state))) for state in states]
 
-    def skip_no_step(self) -> None:
-        """Lets every training step of a trial reach the optimizer, whatever the scale of the loss was."""
+    def scale_by_one(self) -> None:
+        """Lets every training step reach the optimizer, whatever the scale of the loss was.
+
+        Of a step function those scalers that ``state`` names itself, not what hangs from them.
+        """
         for item in self.stateful:
-            skip_no_step(item)
+            scale_by_one(item)
 
     def forget(self) -> None:
         """Drops what steps leave alive: gradients, the last step's batch, outputs and loss, and optimizer state.

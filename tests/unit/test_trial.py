@@ -213,6 +213,20 @@ def test_no_step_is_left_out_because_gradients_overflow() -> None:
     assert states == [1, 1, 1]
 
 
+def test_a_scaler_that_is_disabled_is_left_alone() -> None:
+    """As ``GradScaler(enabled=use_amp)`` is without."""
+    weight, scaler = torch.nn.Parameter(torch.ones(4)), torch.amp.GradScaler("cpu", enabled=False)
+    optimizer = torch.optim.Adam([weight])
+
+    def step(n: int) -> None:
+        scaler.scale(weight.sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    workload = Workload.from_step(step, state=[weight, optimizer, scaler])
+    assert run_trial(workload, FakeDevice(100, lambda n: n), request()).trial.fits
+
+
 def test_memory_that_runs_out_while_a_trial_is_looked_at_is_out_of_memory() -> None:
     class Tight(FakeDevice):
         def measure(self) -> Measurement:
