@@ -41,7 +41,7 @@ fix: $(READY)
 	$(RUN) -m ruff check --fix .
 
 gpu: $(READY)  ## on a machine with a GPU: what looks at computed values runs too, and fails without one
-	@failed=0; \
+	@failed=0; trap 'kill $$twins 2>/dev/null' INT TERM EXIT; \
 	$(PYTEST) -n auto -m "gpu and not slow" $(TWIN_TESTS) & twins=$$!; \
 	AUTOBATCH_REQUIRE_GPU=1 $(PYTEST) -m "(gpu or gpu_values) and not slow" $(GPU_TESTS) $(TWIN_TESTS:%=--ignore=%) \
 		|| failed=1; \

@@ -7,7 +7,8 @@ import time
 
 from benchmarks import answers, peers
 from benchmarks.cells import CELLS
-from benchmarks.peers import KINDS, RESULTS
+from benchmarks.peers import KINDS
+from benchmarks.records import RESULTS
 
 _HOLDS = {
     "answers": "answers_virtual.json: what autobatch answers in every cell, against the truth",

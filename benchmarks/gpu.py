@@ -21,8 +21,9 @@ from typing import Any
 
 from autobatch.units import GIB
 from benchmarks import cells
-from benchmarks.measure import Place, environment, forked, is_virtual
-from benchmarks.peers import RESULTS, against, as_text, found_among, rows_here
+from benchmarks.measure import Place, environment, forked
+from benchmarks.peers import against, found_among, rows_here
+from benchmarks.records import as_text, file_for
 from benchmarks.searches import PEERS, import_all
 from benchmarks.tables import table
 
@@ -49,7 +50,7 @@ def run(names: Sequence[str], peers: Sequence[str], file: Path | None = None, *,
     known = environment(whole)
     free_bytes = forked(lambda: {"free": whole.open().budget_bytes()})["free"]
     results: dict[str, Any] = {"environment": known, "rows": []}
-    file = file or file_for(results)
+    file = file or file_for("gpu", known)
     for name in names:
         build, place = place_of(name)
         if place.limit_bytes is not None and place.limit_bytes > free_bytes:
@@ -67,13 +68,6 @@ def run(names: Sequence[str], peers: Sequence[str], file: Path | None = None, *,
             file.write_text(as_text(results))
     print(f"written: {file}", file=sys.stderr)
     return results
-
-
-def file_for(results: dict[str, Any], kind: str = "gpu") -> Path:
-    """Named after the GPU, and after its being virtual."""
-    known = results["environment"]
-    title = re.sub(r"[^a-z0-9]+", "_", known["device"].lower()).strip("_")
-    return RESULTS / f"{kind}_{title}{'_virtual' if is_virtual(Place(device=_DEVICE)) else ''}.json"
 
 
 def main() -> None:

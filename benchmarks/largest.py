@@ -28,9 +28,10 @@ from typing import Any
 from autobatch.device.local import resolve_local
 from autobatch.probe.lock import HELD_VARIABLE, lock_path
 from autobatch.units import GIB
-from benchmarks.gpu import file_for, place_of
+from benchmarks.gpu import place_of
 from benchmarks.measure import Place, Task, environment, forked
-from benchmarks.peers import ROOT, as_text
+from benchmarks.peers import ROOT
+from benchmarks.records import as_text, file_for
 from benchmarks.searches import import_all
 
 CELLS = (
@@ -144,17 +145,20 @@ def elsewhere(cell: str, known: dict[str, Any]) -> dict[str, Any]:
             timeout=4 * _WITHIN_S,
             check=False,
         )
-        row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    except (subprocess.TimeoutExpired, ValueError, IndexError) as error:
-        return {"cell": cell, "error": repr(error)[:300]}
+    except subprocess.TimeoutExpired as late:
+        return {"cell": cell, "error": f"not done after {late.timeout:.0f} s"}
+    if done.returncode != 0:
+        return {"cell": cell, "error": done.stderr.strip()[-300:]}
+    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return row
 
 
 def run(names: Sequence[str], at_once: int, file: Path | None = None) -> dict[str, Any]:
-    """Measures the cells that this GPU has the memory for, and writes the file after each."""
-    results: dict[str, Any] = {"environment": environment(Place(device=_DEVICE)), "rows": []}
-    known, file, lock = forked(about), file or file_for(results, "largest"), threading.Lock()
-    memory = Shared(known["free_bytes"])
+    """Measures the cells that this GPU has the memory for, and writes the file after each: others in it are kept."""
+    here, known, lock = environment(Place(device=_DEVICE)), forked(about), threading.Lock()
+    file, memory = file or file_for("largest", here), Shared(known["free_bytes"])
+    results = json.loads(file.read_text()) if file.exists() else {"rows": []}
+    results = {"environment": here, "rows": [row for row in results["rows"] if row["cell"] not in names]}
 
     def measure(cell: str) -> None:
         limit_bytes = place_of(cell)[1].limit_bytes
@@ -162,14 +166,21 @@ def run(names: Sequence[str], at_once: int, file: Path | None = None) -> dict[st
             row = elsewhere(cell, known)
         with lock:
             results["rows"].append(row)
-            results["rows"].sort(key=lambda row: names.index(row["cell"]))
+            results["rows"].sort(key=lambda row: place_in_order(row["cell"]))
             file.write_text(as_text(results))
             print(json.dumps(row), file=sys.stderr, flush=True)
 
     fitting = [cell for cell in names if (place_of(cell)[1].limit_bytes or 0) + GIB <= known["free_bytes"]]
+    if left_out := [cell for cell in names if cell not in fitting]:
+        print(f"{', '.join(left_out)}: left out, the GPU has {known['free_bytes']} bytes free", file=sys.stderr)
     with ThreadPoolExecutor(at_once) as pool:
         list(pool.map(measure, fitting))
     return results
+
+
+def place_in_order(cell: str) -> tuple[int, str]:
+    """Those of :data:`CELLS` first, as they are there."""
+    return CELLS.index(cell) if cell in CELLS else len(CELLS), cell
 
 
 class Shared:

@@ -189,7 +189,7 @@ def environment(place: Place) -> dict[str, Any]:
         "virtual": is_virtual(place),
         "limit_bytes": place.limit_bytes,
         "libraries": versions,
-        # torch's own variable: matrix products of fp32 in the format of tensor cores, which takes no more memory.
+        # torch's own variable: matrix products of fp32 in the format of tensor cores.
         "tf32": os.environ.get("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE") == "1",
         "cpus": os.cpu_count(),
         "date": datetime.now(timezone.utc).date().isoformat(),

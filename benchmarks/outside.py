@@ -21,11 +21,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from autobatch.device import nvml
 from autobatch.units import MIB
 from benchmarks import cells
-from benchmarks.gpu import file_for
 from benchmarks.measure import Place, environment, forked
-from benchmarks.peers import as_text
+from benchmarks.records import as_text, file_for
 
 DEVICE = "cuda:0"
 LOADING = ("LAZY", "EAGER")
@@ -159,7 +159,7 @@ class Meter:
         import pynvml
 
         pynvml.nvmlInit()
-        self._nvml, self._handle = pynvml, pynvml.nvmlDeviceGetHandleByIndex(0)
+        self._nvml, self._handle = pynvml, handle_of(pynvml)
         self._before = self._used_bytes()
 
     def outside_bytes(self) -> int:
@@ -175,6 +175,12 @@ class Meter:
 
     def _used_bytes(self) -> int:
         return int(self._nvml.nvmlDeviceGetMemoryInfo(self._handle).used)
+
+
+def handle_of(driver: Any) -> Any:
+    """The driver's own of the GPU that CUDA calls 0 here. Makes no context."""
+    (uuid,) = [gpu.uuid for gpu in nvml.list_gpus() if gpu.index == 0]
+    return driver.nvmlDeviceGetHandleByUUID(uuid)
 
 
 def measured(stages: Sequence[tuple[str, Callable[[], None]]], loading: str) -> dict[str, Any]:
@@ -225,7 +231,7 @@ def run(file: Path | None = None) -> dict[str, Any]:
         __import__(module)
     results: dict[str, Any] = {"environment": environment(Place(device=DEVICE)), "rows": []}
     results["memory"] = forked(totals)
-    file = file or file_for(results, "outside")
+    file = file or file_for("outside", results["environment"])
     for kind, loading, stages in runs():
         known = forked(lambda stages=stages, loading=loading: measured(stages, loading), _WITHIN_S)  # type: ignore[misc]
         results["rows"].append({"run": kind, "loading": loading, "last": stages[-1][0], **known})
@@ -240,7 +246,7 @@ def totals() -> dict[str, Any]:
     import torch
 
     pynvml.nvmlInit()
-    handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+    handle = handle_of(pynvml)
     memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
     found = {f"nvml_{part}": int(getattr(memory, part)) for part in ("total", "used", "free")}
     free_bytes, total_bytes = torch.cuda.mem_get_info(DEVICE)

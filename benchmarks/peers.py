@@ -34,11 +34,11 @@ from autobatch.virtual.catalog import find_card
 from benchmarks import cells
 from benchmarks.answers import truth
 from benchmarks.measure import Place, environment, largest_surviving, measure
+from benchmarks.records import RESULTS, as_text
 from benchmarks.searches import ALL, PEERS, TUNERS, import_all
 from benchmarks.tables import growth_table, table
 from tests.workloads import host
 
-RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parent.parent
 HOST_LIMIT_BYTES = 128 * MIB
 HOST_VARIABLES = {**CHILD_ENVIRONMENT, "OMP_NUM_THREADS": "1"}  # threads that wait for a busy core say nothing
@@ -114,10 +114,7 @@ def found_among(rows: Sequence[Mapping[str, Any]], build: Callable[..., Any], pl
 def against(solid: int | None, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """``rows`` with the truth, and their answers over it."""
     ratios = [round(row["answer"] / solid, 4) if solid and row.get("answer") else None for row in rows]
-    told = [{"cell": row["cell"], "solid": solid, "ratio": ratio} for row, ratio in zip(rows, ratios, strict=True)]
-    return [
-        {**first, **{key: row[key] for key in row if key not in first}} for row, first in zip(rows, told, strict=True)
-    ]
+    return [{**row, "solid": solid, "ratio": ratio} for ratio, row in zip(ratios, rows, strict=True)]
 
 
 def one(kind: str, cell: str, peers: Sequence[str]) -> dict[str, Any]:
@@ -161,19 +158,6 @@ def run(kind: str, file: Path, names: Sequence[str] = (), peers: Sequence[str] =
         file.write_text(as_text(known))
         print("\n".join(json.dumps(row) for row in found["rows"]), file=sys.stderr, flush=True)
     return known
-
-
-def as_text(results: Mapping[str, Any]) -> str:
-    """``results`` as JSON with a line for each row, so that a change of one is a line of a diff."""
-    parts = []
-    for key, value in results.items():
-        text = json.dumps(value, indent=1) if isinstance(value, dict) else _lines(value)
-        parts.append(f"{json.dumps(key)}: {text}")
-    return "{\n" + ",\n".join(parts) + "\n}\n"
-
-
-def _lines(rows: Sequence[Any]) -> str:
-    return "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]"
 
 
 def tables(results: Mapping[str, Any]) -> str:

@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import cells, training
-from benchmarks.gpu import file_for
 from benchmarks.measure import Place, Task, environment, forked, is_virtual
-from benchmarks.peers import as_text
+from benchmarks.records import as_text, file_for
 from benchmarks.searches import import_all
 
 DEVICE = "cuda:0"
@@ -82,7 +81,7 @@ def run(models: Sequence[str], rounds: int, file: Path | None = None) -> dict[st
         raise SystemExit("a virtual GPU has no times: this needs a real one")
     import_all()
     results: dict[str, Any] = {"environment": environment(Place(device=DEVICE))}
-    file = file or file_for(results, "throughput")
+    file = file or file_for("throughput", results["environment"])
     results["rows"] = []
     for model in models:
         found = forked(lambda model=model: over_sizes(model))  # type: ignore[misc]
@@ -90,7 +89,7 @@ def run(models: Sequence[str], rounds: int, file: Path | None = None) -> dict[st
         file.write_text(as_text(results))
         print(json.dumps(results["rows"][-1]), file=sys.stderr, flush=True)
     found = forked(lambda: {"training": training.run(rounds, DEVICE)})
-    results["training"] = found.get("training", [found])
+    results |= {"rounds": rounds, "training": found.get("training", [found])}
     file.write_text(as_text(results))
     return results
 

@@ -30,8 +30,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import autobatch
 from benchmarks.measure import Place, environment
+from benchmarks.records import RESULTS
 
-RESULTS = Path(__file__).parent / "results" / "training.json"
 MICRO, STEPS, WINDOWS = 8, 4, 6  # the first window of a block is not timed
 EFFECTIVE = MICRO * STEPS
 TOKENS, CLASSES, WIDTH, LAYERS = 64, 512, 256, 4
@@ -283,7 +283,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--json", type=Path, default=RESULTS)
+    parser.add_argument("--json", type=Path, default=RESULTS / "training.json")
     options = parser.parse_args()
     rows = run(options.rounds)
     about = {"rounds": options.rounds, "micro_batch_size": MICRO, "steps": STEPS, "threads": torch.get_num_threads()}

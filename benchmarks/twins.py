@@ -21,7 +21,6 @@ import contextlib
 import itertools
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -36,7 +35,8 @@ from autobatch.virtual.attach import environment as driver_environment
 from autobatch.virtual.attach import temporary_state
 from autobatch.virtual.catalog import Card
 from benchmarks.measure import Place, environment, forked
-from benchmarks.peers import RESULTS, ROOT, as_text
+from benchmarks.peers import ROOT
+from benchmarks.records import as_text, file_for
 from benchmarks.twin_cases import CASES, Case
 from benchmarks.twin_sides import SIDES, file_of, read
 
@@ -250,7 +250,7 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         state = stack.enter_context(temporary_state([card]))
         virtual = stack.enter_context(side("virtual", folder, arguments, state))
         known = _noted(folder / "environment.json", lambda: environment(Place(device="cuda:0")))
-        file = options.json or file_for(known)
+        file = options.json or file_for("twins", known)
         rows: dict[str, dict[str, Any]] = {}
         for row in rows_of(folder, names, (real, virtual), until_s):
             rows[f"{row['case']} {row['allocator']}"] = row
@@ -259,12 +259,6 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             print(_line(_cells(row)), file=sys.stderr, flush=True)
     print(f"written: {file}", file=sys.stderr)
     return results
-
-
-def file_for(known: Mapping[str, Any]) -> Path:
-    """Named after the GPU, and after its being virtual."""
-    title = re.sub(r"[^a-z0-9]+", "_", (known["device"] or "unknown").lower()).strip("_")
-    return RESULTS / f"twins_{title}{'_virtual' if known['virtual'] else ''}.json"
 
 
 def main() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 
 import pytest
@@ -12,36 +11,25 @@ from autobatch.units import GIB, MIB
 
 @pytest.fixture
 def little_memory():
-    """64 MiB for this process, and what it has cached given back."""
-    with _at_most(64 * MIB, beside_what_it_has=True):
+    """64 MiB for this process, beside what it has, and what it has cached given back."""
+    from tests.gpu.values import room_for, warm  # not before a virtual GPU is attached
+
+    warm()
+    with room_for(64 * MIB):
         yield
 
 
 @pytest.fixture
 def card_of_24_gb():
     """A card of 24 GiB, as far as this process goes."""
-    with _at_most(24 * GIB):
-        yield
-
-
-@contextlib.contextmanager
-def _at_most(limit_bytes: int, *, beside_what_it_has: bool = False):
     import torch  # not before a virtual GPU is attached
 
-    if beside_what_it_has:
-        # cuBLAS's workspaces stay, one for each thread: 8 MiB on an A100, but 32 on an H100.
-        weight = torch.ones(8, 8, device="cuda", requires_grad=True)
-        (weight @ weight).sum().backward()
-        del weight
-    torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
-    held = torch.cuda.memory_reserved() if beside_what_it_has else 0
-    torch.cuda.set_per_process_memory_fraction(min(1.0, (held + limit_bytes) / total))
-    try:
-        yield
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(min(1.0, 24 * GIB / total))
+    yield
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    torch.cuda.empty_cache()
 
 
 @pytest.fixture

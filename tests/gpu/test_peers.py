@@ -10,7 +10,8 @@ import sys
 import pytest
 
 from benchmarks.gpu import place_of
-from benchmarks.peers import KINDS, RESULTS, as_text, cell_of
+from benchmarks.peers import KINDS, cell_of
+from benchmarks.records import RESULTS, as_text
 from benchmarks.searches import ALL, PEERS
 from benchmarks.tables import growth_table, table
 

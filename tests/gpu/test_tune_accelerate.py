@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+pytest.importorskip("accelerate")
+
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState

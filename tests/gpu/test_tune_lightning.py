@@ -8,8 +8,11 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any
 
-import lightning
 import pytest
+
+pytest.importorskip("lightning")
+
+import lightning
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss

@@ -59,3 +59,8 @@ def test_the_example_of_training_goes_as_the_readme_says(tmp_path: Path) -> None
     assert done.stdout.startswith("4096 = ")
     again = subprocess.run(command, check=True, capture_output=True, text=True, timeout=250)
     assert again.stderr.startswith("nothing is left to train: ")
+
+
+def test_no_section_stands_there_twice() -> None:
+    headings = re.findall(r"^#+ .*$", re.sub(r"```.*?```", "", README, flags=re.DOTALL), re.MULTILINE)
+    assert sorted(set(headings)) == sorted(headings)

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks.peers import as_text
+from benchmarks.records import as_text, file_for
 from benchmarks.twin_cases import CASES
 from benchmarks.twin_sides import place_of, read, write
-from benchmarks.twins import compare, events_of, file_for, first_difference, table, twin
+from benchmarks.twins import compare, events_of, first_difference, table, twin
 
 CASE = CASES["lstm"]
 BUILDING = [("segment_alloc", 2048), ("alloc", 512)]
@@ -126,5 +126,5 @@ def test_the_twin_has_the_figures_of_the_gpu() -> None:
     card = twin(known)
     assert (card.title, card.total_bytes, card.outside_bytes) == ("NVIDIA H200", 150_109_880_320, 0)
     assert (card.capability, card.multiprocessors) == ((9, 0), 132)
-    assert file_for({"device": "NVIDIA H200", "virtual": False}).name == "twins_nvidia_h200.json"
-    assert file_for({"device": "NVIDIA H200", "virtual": True}).name == "twins_nvidia_h200_virtual.json"
+    assert file_for("twins", {"device": "NVIDIA H200", "virtual": False}).name == "twins_nvidia_h200.json"
+    assert file_for("twins", {"device": "NVIDIA H200", "virtual": True}).name == "twins_nvidia_h200_virtual.json"
