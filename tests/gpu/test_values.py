@@ -137,7 +137,7 @@ def test_the_comparison_sees_a_search_that_puts_nothing_back() -> None:
 
 
 def test_a_compiled_model_is_as_it_was_and_goes_on_so() -> None:
-    """Where the same operators run for every batch: Inductor times several kernels, and may choose another one later."""
+    """Where the same operators run for every batch: Inductor times its kernels, and may choose another one later."""
 
     def sample(n: int) -> Any:
         batch = pairs(n)
