@@ -147,6 +147,36 @@ struct limits limits_of(const struct state_card *card) {
   return (struct limits){232448, 233472, 2048, 32};
 }
 
+// One card of each capability, in megabytes, bits and kilohertz as CUDA reports them: NVIDIA's data sheets and
+// architecture papers, the memory's clock from nvidia-smi in public logs; the H200 measured. Others of a capability
+// differ, and little depends on it: cuDNN's choice of plans on the memory's clock, Inductor's timing on the L2 cache.
+static const struct {
+  int capability;
+  uint64_t from_bytes;
+  struct chip chip;
+} chips[] = {
+    {75, 0, {4, 256, 1590000, 5001000}},               // T4
+    {80, 0, {40, 5120, 1410000, 1215000}},             // A100, 40 GB
+    {80, 60ull << 30, {40, 5120, 1410000, 1593000}},   // A100, 80 GB
+    {86, 0, {6, 384, 1695000, 9751000}},               // RTX 3090
+    {87, 0, {4, 256, 1300000, 3199000}},               // Jetson AGX Orin
+    {89, 0, {72, 384, 2520000, 10501000}},             // RTX 4090
+    {90, 0, {50, 5120, 1980000, 2619000}},             // H100
+    {90, 100ull << 30, {60, 6016, 1980000, 3201000}},  // H200
+    {100, 0, {126, 8192, 1965000, 3996000}},           // B200
+    {120, 0, {96, 512, 2407000, 14001000}},            // RTX 5090
+    {121, 0, {24, 256, 2418000, 4266000}},             // GB10
+};
+
+// The last that is not above the card.
+struct chip chip_of(const struct state_card *card) {
+  int capability = card->capability_major * 10 + card->capability_minor;
+  struct chip found = chips[0].chip;
+  for (size_t i = 0; i < sizeof chips / sizeof *chips; i++)
+    if (chips[i].capability <= capability && chips[i].from_bytes <= card->total_bytes) found = chips[i].chip;
+  return found;
+}
+
 // "GPU-01234567-89ab-..." as the 16 bytes it spells.
 static void read_uuid(const char *text, char bytes[16]) {
   int digits = 0;
@@ -162,6 +192,7 @@ static void read_uuid(const char *text, char bytes[16]) {
 void properties_of(int device, struct cudaDeviceProp *p) {
   const struct state_card *card = card_of(device);
   struct limits limits = limits_of(card);
+  struct chip chip = chip_of(card);
   memset(p, 0, sizeof *p);
   memcpy(p->name, card->title, sizeof card->title);
   read_uuid(card->uuid, p->uuid.bytes);
@@ -184,8 +215,8 @@ void properties_of(int device, struct cudaDeviceProp *p) {
   p->maxGridSize[1] = p->maxGridSize[2] = 65535;
   p->totalConstMem = 65536;
   p->textureAlignment = 512;
-  p->l2CacheSize = 40 << 20;
-  p->memoryBusWidth = 5120;
+  p->l2CacheSize = chip.l2_mib << 20;
+  p->memoryBusWidth = chip.bus_bits;
   p->concurrentKernels = p->cooperativeLaunch = 1;
   p->asyncEngineCount = 3;
   p->unifiedAddressing = p->managedMemory = p->canMapHostMemory = 1;

@@ -53,6 +53,11 @@ struct limits {
   int shared_per_block, shared_per_multiprocessor, threads_per_multiprocessor, blocks_per_multiprocessor;
 };
 struct limits limits_of(const struct state_card *card);
+// What differs between cards of one capability too.
+struct chip {
+  int l2_mib, bus_bits, clock_khz, memory_clock_khz;
+};
+struct chip chip_of(const struct state_card *card);
 void properties_of(int device, struct cudaDeviceProp *properties);
 
 #endif

@@ -99,13 +99,13 @@ ENTRY cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr attribu
     case cudaDevAttrWarpSize: *value = p.warpSize; break;
     case cudaDevAttrMaxPitch: *value = (int)p.memPitch; break;
     case cudaDevAttrMaxRegistersPerBlock: *value = p.regsPerBlock; break;
-    case cudaDevAttrClockRate: *value = 1410000; break;
+    case cudaDevAttrClockRate: *value = chip_of(card_of(device)).clock_khz; break;
     case cudaDevAttrTextureAlignment: *value = (int)p.textureAlignment; break;
     case cudaDevAttrMultiProcessorCount: *value = p.multiProcessorCount; break;
     case cudaDevAttrCanMapHostMemory: *value = p.canMapHostMemory; break;
     case cudaDevAttrConcurrentKernels: *value = p.concurrentKernels; break;
     case cudaDevAttrPciBusId: *value = p.pciBusID; break;
-    case cudaDevAttrMemoryClockRate: *value = 1215000; break;
+    case cudaDevAttrMemoryClockRate: *value = chip_of(card_of(device)).memory_clock_khz; break;
     case cudaDevAttrGlobalMemoryBusWidth: *value = p.memoryBusWidth; break;
     case cudaDevAttrL2CacheSize: *value = p.l2CacheSize; break;
     case cudaDevAttrMaxThreadsPerMultiProcessor: *value = p.maxThreadsPerMultiProcessor; break;
