@@ -1,4 +1,5 @@
-// cuDNN: handles and descriptors, convolutions, what else has a size to tell. Recurrent networks are in rnn.c.
+// cuDNN: handles and descriptors, what has a size to tell, and convolutions the older way. Recurrent networks are in
+// rnn.c, convolutions as PyTorch does them in dnn_backend.c.
 #include "dnn.h"
 
 #include <stdlib.h>
@@ -6,8 +7,7 @@
 
 #include "card.h"
 
-// Real cuDNN builds plans with workspaces of its own choice; here each convolution has one engine without any, and so
-// have batch normalisation and the CTC loss.
+// What batch normalisation, the CTC loss and convolutions of the older interface want.
 #define NO_WORKSPACE 0
 
 static cudnnStatus_t give(void **descriptor, size_t bytes) {
@@ -220,37 +220,5 @@ ENTRY cudnnStatus_t cudnnGetConvolutionBackwardFilterWorkspaceSize(cudnnHandle_t
                                                                    cudnnConvolutionBwdFilterAlgo_t algorithm,
                                                                    size_t *bytes) {
   *bytes = NO_WORKSPACE;
-  return CUDNN_STATUS_SUCCESS;
-}
-
-// ---- backend interface, which PyTorch uses for convolutions and attention: descriptors hold nothing, every list of
-// engines has one, and it wants no workspace
-
-ENTRY cudnnStatus_t cudnnBackendCreateDescriptor(cudnnBackendDescriptorType_t type,
-                                                 cudnnBackendDescriptor_t *descriptor) {
-  return give((void **)descriptor, 64);
-}
-
-ENTRY cudnnStatus_t cudnnBackendDestroyDescriptor(cudnnBackendDescriptor_t descriptor) {
-  free(descriptor);
-  return CUDNN_STATUS_SUCCESS;
-}
-
-// Asked for descriptors it says "one"; the frontend has made the place for it already. Numbers (workspace, shared
-// memory, counts) are zero.
-ENTRY cudnnStatus_t cudnnBackendGetAttribute(cudnnBackendDescriptor_t const descriptor,
-                                             cudnnBackendAttributeName_t attribute, cudnnBackendAttributeType_t type,
-                                             int64_t wanted, int64_t *count, void *elements) {
-  int64_t given = 0;
-  if (type == CUDNN_TYPE_BACKEND_DESCRIPTOR) {
-    given = 1;
-  } else if (elements && wanted > 0 && type == CUDNN_TYPE_INT32) {
-    *(int32_t *)elements = 0;
-    given = 1;
-  } else if (elements && wanted > 0 && type == CUDNN_TYPE_INT64) {
-    *(int64_t *)elements = NO_WORKSPACE;
-    given = 1;
-  }
-  if (count) *count = given;
   return CUDNN_STATUS_SUCCESS;
 }

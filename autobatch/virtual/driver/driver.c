@@ -24,8 +24,7 @@ ENTRY CUresult cuDriverGetVersion(int *version) {
   return CUDA_SUCCESS;
 }
 
-// An entry point by its plain name, in the form that the installed headers give it (cuMemAlloc is cuMemAlloc_v2).
-static void *entry_point(const char *name) {
+void *entry_point(const char *name) {
   static void *self;
   if (!self) {
     Dl_info about;

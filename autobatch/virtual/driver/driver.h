@@ -9,4 +9,8 @@
     if (try_ != cudaSuccess) return (CUresult)try_; \
   } while (0)
 
+// An entry point of this library by its plain name, in the form that the installed headers give it (cuMemAlloc is
+// cuMemAlloc_v2); NULL if there is none.
+void *entry_point(const char *name);
+
 #endif

@@ -128,6 +128,22 @@ ENTRY CUresult cuLinkComplete(CUlinkState state, void **image, size_t *bytes) {
   return CUDA_SUCCESS;
 }
 
+// cuDNN looks these up by their plain names before it offers what it would compile. None is called: callers come by the
+// names that the headers give.
+#undef cuCtxPushCurrent
+#undef cuCtxPopCurrent
+#undef cuLinkCreate
+#undef cuLinkAddData
+ENTRY CUresult cuCtxPushCurrent(CUcontext handle) { return CUDA_ERROR_NOT_SUPPORTED; }
+ENTRY CUresult cuCtxPopCurrent(CUcontext *handle) { return CUDA_ERROR_NOT_SUPPORTED; }
+ENTRY CUresult cuLinkCreate(unsigned count, CUjit_option *options, void **values, CUlinkState *state) {
+  return CUDA_ERROR_NOT_SUPPORTED;
+}
+ENTRY CUresult cuLinkAddData(CUlinkState state, CUjitInputType type, void *data, size_t bytes, const char *name,
+                             unsigned count, CUjit_option *options, void **values) {
+  return CUDA_ERROR_NOT_SUPPORTED;
+}
+
 // A description of a tensor that only a kernel reads.
 ENTRY CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *address,
                                       const cuuint64_t *sizes, const cuuint64_t *strides, const cuuint32_t *box,
