@@ -22,7 +22,17 @@ def ooms() -> int:
 
 
 class Machine:
-    def __init__(self, folder: Path, *, cards=1, total_bytes=8 * GIB, outside_bytes=0, capability=(8, 0), fail=None):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        cards=1,
+        total_bytes=8 * GIB,
+        outside_bytes=0,
+        capability=(8, 0),
+        multiprocessors=108,
+        fail=None,
+    ):
         self.path, self.counts = folder / "state", folder / "calls"
         card = Card(
             name="test",
@@ -30,7 +40,7 @@ class Machine:
             total_bytes=total_bytes,
             outside_bytes=outside_bytes,
             capability=capability,
-            multiprocessors=108,
+            multiprocessors=multiprocessors,
             sources={},
         )
         create_state(self.path, [card] * cards, fail_allocation=fail)

@@ -1,4 +1,4 @@
-"""What training takes on a virtual GPU, to the byte, as the first sketch of the driver gave it."""
+"""What training takes on a virtual GPU, to the byte, as the first sketch of the driver gave it; ResNet as this one."""
 
 import importlib.metadata
 import json
