@@ -42,6 +42,15 @@ print(workspace(images(64, 64, 56, torch.bfloat16), 64, 3))
     assert printed(Machine(tmp_path, **H200), code) == ["122065680", "25837584", "0", "51454099"]
 
 
+def test_benchmark_tries_larger_plans_and_keeps_the_first(tmp_path):
+    code = """
+torch.backends.cudnn.benchmark = True
+x = images(32, 64, 56)
+print(workspace(x, 64, 3) > 25837584, {workspace(x, 64, 3) for _ in range(3)})
+"""
+    assert printed(Machine(tmp_path, **H200), code) == ["True {25837584}"]
+
+
 def test_a_card_that_cudnn_does_not_know_has_one_engine_without_a_workspace(tmp_path):
     code = """
 x = images(8, 64, 56).requires_grad_()

@@ -134,12 +134,14 @@ ENTRY cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   return cudaEventRecordWithFlags(event, stream, 0);
 }
 
-// What lies between two events is the time this process took on the host.
+// What lies between two events is the time this process took on the host, in whole tenths of a millisecond and at least
+// one: whoever times what does nothing, as cudnn.benchmark does, then takes the first and not one by chance.
 ENTRY cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t start, cudaEvent_t end) {
   if (!start || !end || !start->recorded || !end->recorded) return fail(cudaErrorInvalidResourceHandle);
   double seconds = (double)(end->when.tv_sec - start->when.tv_sec);
   double nanoseconds = (double)(end->when.tv_nsec - start->when.tv_nsec);
-  *milliseconds = (float)(seconds * 1e3 + nanoseconds / 1e6);
+  double tenths = seconds * 1e4 + nanoseconds / 1e5;
+  *milliseconds = tenths < 1 ? 0.1f : (float)((double)(int64_t)tenths / 10);
   return cudaSuccess;
 }
 
