@@ -147,8 +147,8 @@ struct limits limits_of(const struct state_card *card) {
   return (struct limits){232448, 233472, 2048, 32};
 }
 
-// One card of each capability, in megabytes, bits and kilohertz as CUDA reports them: NVIDIA's data sheets and
-// architecture papers, the memory's clock from nvidia-smi in public logs; the H200 measured. Others of a capability
+// One card of each capability, in megabytes, bits and kilohertz as CUDA reports them. The H200's are measured, the
+// others as they are published for these cards, those of the B200 and the GB10 unconfirmed. Others of a capability
 // differ, and little depends on it: cuDNN's choice of plans on the memory's clock, Inductor's timing on the L2 cache.
 static const struct {
   int capability;
