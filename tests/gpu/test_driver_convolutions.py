@@ -1,4 +1,4 @@
-"""Convolutions and attention by cuDNN's own plans: workspaces as a real H200 has them, and what else they touch."""
+"""cuDNN: workspaces as a real H200 has them, by the library's own plans where it can make them, and what they touch."""
 
 import importlib.metadata
 import json
@@ -163,7 +163,15 @@ time.sleep(0.5)  # or torch's thread for backward, which has not let go of every
 # ---- against the records of a real H200
 
 RECORDED = json.loads((ROOT / "benchmarks" / "results" / "twins_nvidia_h200.json").read_text())
-CASES = ("resnet50-fp32", "resnet50-fp16", "resnet50-evaluation", "unet", "vit-b-16-bf16", "resnet50-fp32-benchmark")
+CASES = (
+    "resnet50-fp32",
+    "resnet50-fp16",
+    "resnet50-evaluation",
+    "resnet50-fp32-benchmark",
+    "unet",
+    "vit-b-16-bf16",
+    "lstm",
+)
 TWIN = """
 import json, os, sys
 import torch, torchvision
@@ -178,7 +186,7 @@ for name in sys.argv[1:]:
 """
 
 
-def test_training_with_convolutions_peaks_as_on_a_real_h200(tmp_path):
+def test_what_uses_cudnn_peaks_as_on_a_real_h200(tmp_path):
     """Segments that expand, where what is reserved is what was needed; others fall in another order by a few bytes."""
     pytest.importorskip("torchvision")
     alike = RECORDED["environment"]["torch"] == importlib.metadata.version("torch")

@@ -93,14 +93,17 @@ ENTRY cudnnStatus_t cudnnGetRNNWeightSpaceSize(cudnnHandle_t handle, cudnnRNNDes
   return CUDNN_STATUS_SUCCESS;
 }
 
-// cuDNN does not document these two, so they are what the arithmetic of training needs at least: the reserve keeps
-// each layer's gates, cell state and output for the backward pass; the workspace holds one layer's gates.
+// cuDNN does not document these two. An H200 (cuDNN 9.19) has 153617152 and 185073920 bytes for an LSTM in single
+// precision with two layers of 512, a batch of 64 and 128 steps: within 2 % twice one layer's gates and a copy of the
+// weights, and within 0.3 % the gates and cell states of both layers and the output between them. Others are taken to be
+// alike.
 ENTRY cudnnStatus_t cudnnGetRNNTempSpaceSizes(cudnnHandle_t handle, cudnnRNNDescriptor_t rnn, cudnnForwardMode_t mode,
                                               cudnnRNNDataDescriptor_t data, size_t *workspace, size_t *reserve) {
   size_t cells = (size_t)data->steps * (size_t)data->batch * (size_t)rnn->directions * (size_t)rnn->hidden;
-  size_t kept = (size_t)gates_of(rnn) + (rnn->cell == CUDNN_LSTM ? 2 : 1);
-  if (workspace) *workspace = cells * (size_t)gates_of(rnn) * width_of(rnn->type);
-  size_t all = (size_t)rnn->layers * cells * kept * width_of(rnn->type);
+  size_t layers = (size_t)rnn->layers, kept = (size_t)gates_of(rnn) + 1, weights;
+  cudnnGetRNNWeightSpaceSize(handle, rnn, &weights);
+  if (workspace) *workspace = 2 * cells * (size_t)gates_of(rnn) * width_of(rnn->type) + weights;
+  size_t all = (layers * kept + layers - 1) * cells * width_of(rnn->type);
   if (reserve) *reserve = mode == CUDNN_FWD_MODE_TRAINING ? all : 0;
   return CUDNN_STATUS_SUCCESS;
 }
