@@ -21,6 +21,20 @@ def ooms() -> int:
     return int(torch.cuda.memory_stats()["num_ooms"])
 
 
+def in_new_process(code: str) -> str:
+    """What ``code`` prints as a program on the session's GPU, where nothing was before. Fails with its own words."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
 class Machine:
     def __init__(
         self,

@@ -5,10 +5,7 @@ Where there is no real GPU, the virtual one stands in for it: it says that it is
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +17,7 @@ from autobatch.probe.executor import Setting
 from autobatch.probe.isolation import ChildExecutor
 from autobatch.probe.rounding import Rounding
 from tests.conftest import has_real_gpu
+from tests.gpu.machines import in_new_process
 
 pytestmark = pytest.mark.gpu
 
@@ -90,6 +88,4 @@ def test_the_process_that_asks_takes_nothing_of_the_gpu() -> None:
         "found = autobatch.find(build, device='cuda:0', isolate=True, max_batch_size=4, cache=False)\n"
         "print(found.batch_size, torch.cuda.is_initialized())\n"
     )
-    root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
-    assert done.stdout == "4 False\n", done.stderr
+    assert in_new_process(code) == "4 False\n"

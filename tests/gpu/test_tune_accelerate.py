@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,7 +22,7 @@ import autobatch
 from autobatch.integrations.accelerate import find_executable_batch_size
 from autobatch.probe.state import fingerprint
 from autobatch.units import GIB
-from tests.gpu.machines import ooms
+from tests.gpu.machines import in_new_process, ooms
 
 pytestmark = pytest.mark.gpu
 
@@ -149,16 +146,7 @@ def run_at_the_largest_size() -> None:
 def test_a_training_function_runs_at_nearly_the_largest_size_with_few_failures() -> None:
     """By the memory that its first steps took: beside it, what is lost between blocks is little."""
     code = "from tests.gpu.test_tune_accelerate import run_at_the_largest_size; run_at_the_largest_size()"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(in_new_process(code).splitlines()[-1])
     assert found["tried"][-1][0] == found["size"]
     halved = [1 << power for power in range(20, 0, -1) if 1 << power > found["size"]]
     assert len(found["tried"]) <= len(halved) + 5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import time
 from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any
@@ -21,7 +22,9 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 import autobatch
 from autobatch.integrations.lightning import AutoBatch
 from autobatch.probe.state import fingerprint
-from tests.gpu.machines import ooms
+from autobatch.units import MIB
+from tests.gpu.machines import in_new_process, ooms
+from tests.gpu.values import room_for, warm
 
 pytestmark = [
     pytest.mark.gpu,
@@ -183,20 +186,28 @@ class Manual(lightning.LightningModule):
         return optimizers, [torch.optim.lr_scheduler.OneCycleLR(each, 0.1, total_steps=24) for each in optimizers]
 
 
+def fail_amid_its_parts(precision: str) -> None:
+    """Meant for a process of its own: holes that a past has left in segments would be much of 64 MiB."""
+    warm()
+    with room_for(64 * MIB):
+        module, loader = Manual(), DataLoader(TensorDataset(torch.zeros(1 << 15, 256)), 4)
+        trainer = trainer_of(precision=precision, max_epochs=1, limit_train_batches=2)
+        held, before = list[int](), (fingerprint(module), torch.cuda.memory_allocated())
+        found = autobatch.tune(trainer, module, loader, on_trial=lambda _: held.append(torch.cuda.memory_allocated()))
+        assert fingerprint(module) == before[0]
+        assert torch.cuda.memory_allocated() - before[1] < 1 << 16
+        assert found.oom_count
+        assert max(held) - min(held) < 1 << 16  # what a trial keeps alive, the next has not
+        assert not hasattr(module, "seen")
+        assert {parameter.requires_grad for parameter in module.parameters()} == {True}
+        assert 512 < found.batch_size == loader.batch_size < 1 << 14
+        trainer.fit(module, loader)
+        assert trainer.global_step == 4
+    print("done")
+    time.sleep(0.5)  # torch's thread for backward may want the interpreter once more, and one that has ended aborts it
+
+
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
-def test_a_step_that_fails_amid_its_parts_leaves_nothing(little_memory: None, precision: str) -> None:
-    module, loader = Manual(), DataLoader(TensorDataset(torch.zeros(1 << 15, 256)), 4)
-    trainer = trainer_of(precision=precision, max_epochs=1, limit_train_batches=2)
-    held, before = list[int](), (fingerprint(module), torch.cuda.memory_allocated())
-    found = autobatch.tune(trainer, module, loader, on_trial=lambda _: held.append(torch.cuda.memory_allocated()))
-    assert fingerprint(module) == before[0]
-    assert torch.cuda.memory_allocated() - before[1] < 1 << 16
-    assert found.oom_count
-    assert max(held) - min(held) < 1 << 16  # what a trial keeps alive, the next has not
-    assert not hasattr(module, "seen")
-    assert {parameter.requires_grad for parameter in module.parameters()} == {True}
-    assert 512 < found.batch_size == loader.batch_size < 1 << 14
-    # That the size lasts is asked above: in a process with a past, holes in its segments are much of 64 MiB.
-    torch.cuda.set_per_process_memory_fraction(1.0)
-    trainer.fit(module, loader)
-    assert trainer.global_step == 4
+def test_a_step_that_fails_amid_its_parts_leaves_nothing(precision: str) -> None:
+    code = f"from tests.gpu.test_tune_lightning import fail_amid_its_parts; fail_amid_its_parts({precision!r})"
+    assert in_new_process(code).splitlines()[-1] == "done"
