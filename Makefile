@@ -14,7 +14,7 @@ PARALLEL := -n $(WORKERS) --dist loadfile
 # All that carries the mark: what it does not need may be missing on a lent machine. And those of it that make virtual
 # GPUs for processes of their own, and leave a real one alone.
 GPU_TESTS := tests/gpu tests/conformance tests/unit/test_device_cuda.py tests/unit/test_device_local.py
-TWIN_TESTS := $(wildcard tests/gpu/test_virtual_*.py tests/gpu/test_driver_p*.py tests/gpu/test_*_ranks.py)
+TWIN_TESTS := $(wildcard tests/gpu/test_virtual_*.py tests/gpu/test_driver_[!t]*.py tests/gpu/test_*_ranks.py)
 # Threads that wait for one another leave the cores to the other worker instead of spinning.
 export OMP_WAIT_POLICY := passive
 
