@@ -23,6 +23,7 @@ from autobatch.virtual.folders import make_folder
 from autobatch.virtual.state import STATE_VARIABLE, create_state
 
 _FOLDER_VARIABLE = "TRITON_LIBCUDA_PATH"  # Triton looks for libcuda.so.1 there, and we for our own traces
+_WAIT_VARIABLE = "TORCH_AUTOGRAD_SHUTDOWN_WAIT_LIMIT"
 _OTHERS = re.compile(r"lib(?:cuda|cudart|nvidia-ml)\.so\S*")
 
 _PREFIX = "autobatch-gpu-"
@@ -68,6 +69,8 @@ def environment(state_path: Path, base: Mapping[str, str] = os.environ) -> dict[
         _FOLDER_VARIABLE: str(folder),
         # torch 2.14 prints a warning for every refused allocation, and a search refuses many.
         "TORCH_CPP_LOG_LEVEL": base.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
+        # For a thread that will not end (driver/ending.c) torch would wait 10 s.
+        _WAIT_VARIABLE: base.get(_WAIT_VARIABLE, "0.5"),
         "GLIBC_TUNABLES": _with_huge_pages(base.get("GLIBC_TUNABLES")),
     }
 

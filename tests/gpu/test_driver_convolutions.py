@@ -27,12 +27,6 @@ def workspace(x, channels, width, **options):
 """
 
 
-LET_GO = """
-import time
-time.sleep(0.5)  # torch's thread for backward may want the interpreter once more, and one that has ended aborts it
-"""
-
-
 def printed(machine, code):
     return machine.run("-W", "ignore", "-c", WORKSPACE + code).splitlines()
 
@@ -58,14 +52,11 @@ print(workspace(x, 64, 3) > 25837584, {workspace(x, 64, 3) for _ in range(3)})
 
 
 def test_a_card_that_cudnn_does_not_know_has_one_engine_without_a_workspace(tmp_path):
-    code = (
-        """
+    code = """
 x = images(8, 64, 56).requires_grad_()
 print(workspace(x, 64, 3), flush=True)
 torch.nn.functional.conv2d(x, torch.randn(64, 64, 3, 3, device="cuda")).sum().backward()
 """
-        + LET_GO
-    )
     assert printed(Machine(tmp_path, capability=(7, 0)), code)[0] == "0"
 
 
@@ -151,8 +142,7 @@ print(set(shapes), workspace(images(32, 64, 56), 64, 3))
 
 def test_attention_takes_cudnns_plan_and_waits_for_no_compiler(tmp_path):
     """An H200 has 256 bytes there. Each new shape would compile for half a second, and here is a new one each time."""
-    code = (
-        """
+    code = """
 import time
 from torch.nn.attention import SDPBackend, sdpa_kernel
 torch.cuda.memory._record_memory_history("all")
@@ -166,8 +156,6 @@ for length in range(128, 128 + 5 * 64, 64):
 sizes = [event["size"] for event in torch.cuda.memory._snapshot()["device_traces"][0] if event["action"] == "alloc"]
 print(sizes.count(256) >= 5, sorted(times)[2] < 0.3)
 """
-        + LET_GO
-    )
     assert printed(Machine(tmp_path, **H200), code) == ["True True"]
 
 

@@ -35,6 +35,7 @@ def test_environment_of_a_child(driver):
         "LD_LIBRARY_PATH": "/cache/driver",
         "TRITON_LIBCUDA_PATH": "/cache/driver",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "TORCH_AUTOGRAD_SHUTDOWN_WAIT_LIMIT": "0.5",
         "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
     }
 

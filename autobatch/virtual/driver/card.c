@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "ending.h"
 #include "memory.h"
 
 static pthread_mutex_t tables = PTHREAD_MUTEX_INITIALIZER;
@@ -113,6 +114,7 @@ cudaError_t context(int device) {
   tables_lock();
   if (!entries[device]) {
     struct state_entry *entry = NULL;
+    ending_watch();
     error = memory_reserve();
     if (error == cudaSuccess && !state_join(state, card_index(device), &entry)) error = cudaErrorMemoryAllocation;
     __atomic_store_n(&entries[device], entry, __ATOMIC_RELEASE);
