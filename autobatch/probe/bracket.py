@@ -139,7 +139,7 @@ class Bracket:
         refused too.
         """
         self.high, self.failure = self.low, refused
-        below = min(self.high - 1, self.rank(self.rounding.size(self.high) * (1 - part)))
+        below = min(self.high - 1, max(1, self.rank(self.rounding.size(self.high) * (1 - part))))
         enough = max(
             below, min(self.high - 2, self.rank(self.rounding.size(self.high) * (1 - _MOST_OF_THE_WAY * part)))
         )

@@ -7,6 +7,7 @@ from autobatch.probe.bracket import Ask, Bracket
 from autobatch.result import Trial
 
 STEP_DOWN = 1 / 33  # a candidate that is not confirmed is stepped down by this part of it
+_PATIENCE = 2  # so many such steps, and then each is twice the one before: what is refused still is far too large
 _SEVERAL = 8  # so many sizes given up in stepping down are worth one more confirmation
 _LITTLE = 1 / 66  # once half was asked for again, this part of the size is not worth another
 
@@ -17,24 +18,28 @@ def settle(bracket: Bracket, confirm: Ask) -> bool:
     A size stepped down to is confirmed without a trial before: the confirmation runs it longer, and in the same process
     first.
     """
-    stepped = False
+    refusals = 0
     while bracket.low:
         trial = confirm(bracket.size)
         if trial.fits:
-            return stepped
-        stepped = True
+            return refusals > 0
+        refusals += 1
         _note_refusal(bracket, trial)
-        bracket.step_down(STEP_DOWN, refused=trial)
+        bracket.step_down(min(1.0, STEP_DOWN * 2 ** max(0, refusals - _PATIENCE)), refused=trial)
     reason = f": {bracket.failure.message}" if bracket.failure and bracket.failure.message else ""
     raise DoesNotFitError(f"Not even a batch of {bracket.rounding.size(1)} fits{reason}", bracket.failure)
 
 
 def regain(bracket: Bracket, confirm: Ask) -> None:
-    """Invariant: ``low`` is confirmed, and was stepped down to. Halves what that gave up, if it was several sizes,
-    until little is left of it.
+    """Invariant: ``low`` is confirmed, and was stepped down to. Halves what that gave up, if it was several sizes or
+    more than a single step, until little is left of it.
     """
-    several = bracket.high is not None and bracket.high - bracket.low > _SEVERAL
-    while several and bracket.high is not None and not bracket.out_of_time():
+    if bracket.high is None:
+        return
+    step = bracket.high - bracket.rank(bracket.rounding.size(bracket.high) * (1 - STEP_DOWN))
+    if bracket.high - bracket.low <= min(step, _SEVERAL):
+        return
+    while not bracket.out_of_time():
         middle, given_up = (bracket.low + bracket.high) // 2, bracket.rounding.size(bracket.high) - bracket.size
         if given_up <= _LITTLE * bracket.size or middle == bracket.low:
             return

@@ -147,7 +147,7 @@ def test_evaluation_has_its_own_size() -> None:
 
 def test_evaluation_amid_training_meets_the_optimizer_s_state() -> None:
     """Adam holds as much again as the model, twice: an evaluation alone has that for itself."""
-    options = {"memory_limit": "2GiB", "headroom": 0.0}
+    options = {"memory_limit": "640MiB", "headroom": 0.0}
     amid = small_find(workload(net(), mode="both"), **options).eval_batch_size
     alone = small_find(workload(net(), mode="eval"), **options).batch_size
     assert amid < 0.95 * alone

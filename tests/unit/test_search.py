@@ -193,9 +193,8 @@ class Confirm:
 def test_an_answer_that_does_not_keep_fitting_is_stepped_down_to_one_that_is_confirmed() -> None:
     oracle, confirm = up_to(66), Confirm(lambda n: n <= 59)
     answer = search(oracle, confirm, multiple_of=1)
-    assert answer.batch_size in (58, 59)
+    assert (answer.batch_size, answer.proof, answer.smallest_failure) == (59, "next_size_failed", 60)
     assert answer.batch_size == confirm.asked[-1]
-    assert (answer.proof, answer.smallest_failure) == ("stepped_down", confirm.asked[-2])
     assert answer.notes[0] == "A batch of 66 fitted once but did not keep fitting (oom: in the second step)."
     assert len(confirm.asked) <= 6
     # A size stepped down to costs no trial besides its confirmation, which runs it too.
@@ -208,6 +207,16 @@ def test_stepping_down_loses_little(limit: int, lost: float) -> None:
     solid = max(1, round(limit * (1 - lost)))
     answer = search(up_to(limit), Confirm(lambda n: n <= solid), multiple_of=1)
     assert 0.98 * solid - 5 < answer.batch_size <= solid
+
+
+@given(limit=st.integers(1, 100_000), lost=st.floats(0, 0.99))
+def test_however_far_down_it_is_few_confirmations_lead_there(limit: int, lost: float) -> None:
+    """On host memory under 12 MiB an evaluation fitted at 37 and kept fitting at 20: it took 17, one size at a time."""
+    solid = max(1, round(limit * (1 - lost)))
+    confirm = Confirm(lambda n: n <= solid)
+    answer = search(up_to(limit), confirm, multiple_of=1)
+    assert len(confirm.asked) <= 20
+    assert 0.97 * solid - 1 < answer.batch_size <= solid
 
 
 def test_what_a_step_down_gave_up_is_halved_until_it_is_little() -> None:
