@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from autobatch.virtual.catalog import Card, find_card
-from autobatch.virtual.host import check_host, check_kernels
+from autobatch.virtual.host import check_kernels, untested_torch
 from autobatch.virtual.launch import run_command
 from autobatch.virtual.state import MAX_CARDS
 from autobatch.virtual.usage import format_usage
@@ -55,7 +55,8 @@ def _cards(gpus: tuple[str, ...], count: int, *, any_capability: bool) -> list[C
     cards = [find_card(name) for name in gpus for _ in range(count)]
     if len(cards) > MAX_CARDS:
         raise click.BadParameter(f"{len(cards)} GPUs, and a process can have {MAX_CARDS} at most", param_hint="--count")
-    check_host()
+    if said := untested_torch():
+        _say(said)
     for card in cards if not any_capability else []:
         check_kernels(card)
     return cards

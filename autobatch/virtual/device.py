@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 import weakref
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autobatch.device.base import DeviceInfo, GpuProcess, Isolation
-from autobatch.errors import DeviceError, InvalidArgumentError
+from autobatch.errors import AutobatchWarning, DeviceError, InvalidArgumentError
 from autobatch.result import Measurement
 from autobatch.virtual.attach import attach_process, check_attachable, environment, make_state_folder, present_state
 from autobatch.virtual.catalog import find_card
-from autobatch.virtual.host import check_host, check_kernels
+from autobatch.virtual.host import check_kernels, untested_torch
 from autobatch.virtual.state import MAX_CARDS, create_state, read_state
 
 if TYPE_CHECKING:
@@ -53,7 +54,8 @@ class VirtualGPU:
         if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MAX_CARDS:
             raise InvalidArgumentError("count", count, f"a number of GPUs from 1 to {MAX_CARDS}")
         self.card = find_card(spec)
-        check_host()
+        if said := untested_torch():
+            warnings.warn(said, AutobatchWarning, stacklevel=2)
         if not any_capability:
             check_kernels(self.card)
         if shared_with is not None and shared_with.card != self.card:

@@ -22,6 +22,8 @@ _HEADER_PACKAGES = ("cu13", "cudnn", "nccl", "cusparselt")
 _OLDEST_CAPABILITY = (7, 5)  # CUDA 13 compiles for nothing older
 _TOO_NEW_CAPABILITY = (13, 0)  # torch 2.14.1+cu130 names sm_120 last (torch._C._cuda_getArchFlags), without PTX
 
+_NEWEST_TESTED = (2, 14)
+
 
 @dataclass(frozen=True, slots=True)
 class Torch:
@@ -50,6 +52,16 @@ def check_host() -> Torch:
     if spec is None or not spec.submodule_search_locations:
         raise DeviceNotFoundError("virtual GPUs need torch: install torch>=2.11 from PyPI, its CUDA 13 build")
     return _torch_at(Path(spec.submodule_search_locations[0]))
+
+
+def untested_torch() -> str | None:
+    """What to say of a torch newer than any that the tests ran on; None for the others."""
+    version = check_host().version
+    number = re.match(r"(\d+)\.(\d+)", version)
+    if number is None or (int(number[1]), int(number[2])) <= _NEWEST_TESTED:
+        return None
+    tested = ".".join(map(str, _NEWEST_TESTED))
+    return f"virtual GPUs were tested with torch up to {tested}, and this is {version}: its figures may be others"
 
 
 def check_kernels(card: Card) -> None:

@@ -1,5 +1,6 @@
 """The environment of a child and the refusals; what attaching does is in ``tests/gpu/test_virtual_attach.py``."""
 
+import dataclasses
 import os
 import stat
 import subprocess
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from autobatch.errors import DeviceError, DeviceNotFoundError, InvalidArgumentError
+from autobatch.errors import AutobatchWarning, DeviceError, DeviceNotFoundError, InvalidArgumentError
 from autobatch.virtual import attach, host
 from autobatch.virtual.catalog import find_card
 from autobatch.virtual.device import VirtualGPU
@@ -145,6 +146,15 @@ def test_another_build_of_torch_says_what_to_install(install_torch, version, cud
     install_torch(version, cuda)
     with pytest.raises(DeviceNotFoundError, match=said):
         VirtualGPU("t4")
+
+
+def test_a_torch_that_no_test_ran_on_is_named(monkeypatch):
+    build = host.check_host()
+    monkeypatch.setattr(host, "check_host", lambda: dataclasses.replace(build, version="2.15.0+cu130"))
+    with pytest.warns(AutobatchWarning, match=r"up to 2\.14, and this is 2\.15\.0\+cu130"):
+        VirtualGPU("t4")
+    monkeypatch.setattr(host, "check_host", lambda: build)
+    assert host.untested_torch() is None
 
 
 def test_no_torch_at_all_says_so(monkeypatch):
