@@ -231,8 +231,9 @@ def _conclusion(result: BatchSizeResult) -> str:
     device = result.environment.get("device", "an unknown device")
     if result.environment.get("virtual"):
         device = f"{device} (virtual)"
+    refused = any(trial.batch_size == result.smallest_failure for trial in result.confirmation)
     reasons = {
-        "next_size_failed": f"{result.smallest_failure} does not fit",
+        "next_size_failed": f"{result.smallest_failure} {'did not keep fitting' if refused else 'does not fit'}",
         "stepped_down": f"{result.smallest_failure} did not keep fitting",
         "max_batch_size": _cap_reached(result),
         "dataset": "the data set has no more samples",

@@ -13,7 +13,8 @@ import torch
 from autobatch.device import nvml
 from autobatch.device.base import DeviceInfo, Isolation
 from autobatch.device.fraction import reserve_at_most
-from autobatch.errors import DeviceNotFoundError
+from autobatch.device.oom import classify, first_line
+from autobatch.errors import DeviceError, DeviceNotFoundError
 from autobatch.result import Measurement
 
 
@@ -107,7 +108,18 @@ class CudaDevice:
         torch.cuda.empty_cache()
 
     def reset_peaks(self) -> None:
-        torch.cuda.init()  # the allocator refuses before
+        """The first question to the GPU: makes the context, without which the allocator refuses.
+
+        Raises:
+            DeviceError: if the GPU does not answer.
+        """
+        try:
+            torch.cuda.init()
+            torch.cuda.mem_get_info(self._index)
+        except RuntimeError as exc:
+            if classify(exc) is not None:
+                raise
+            raise DeviceError(f"{self.torch_device} cannot be used: {first_line(exc)}") from exc
         torch.cuda.reset_peak_memory_stats(self._index)
 
     def retries(self) -> int | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import mmap
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +36,11 @@ CHILD_ENVIRONMENT = {
     "MALLOC_ARENA_MAX": "1",
 }
 """Settings of glibc's malloc (mallopt(3)) for a child process: they must be there before it starts."""
+
+
+def missing_settings() -> dict[str, str]:
+    """Those of :data:`CHILD_ENVIRONMENT` that this process does not have, with a value of its user's or this one."""
+    return {k: v for k, v in CHILD_ENVIRONMENT.items() if k not in os.environ} if sys.platform == "linux" else {}
 
 
 class _Baseline(NamedTuple):
@@ -87,7 +93,7 @@ class HostDevice:
             required=False,
             reason="a fresh process has a heap without a past",
             device=self.torch_device,
-            environment=CHILD_ENVIRONMENT if sys.platform == "linux" else {},
+            environment=missing_settings(),
             memory_limit_bytes=self.budget_bytes(),
             forks=sys.platform == "linux",
             anew=True,  # a heap grows with use, by some per cent in a few trials, and training begins with none

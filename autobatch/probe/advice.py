@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from autobatch.device.host import missing_settings
 from autobatch.result import BatchSizeResult
 from autobatch.units import format_bytes
+
+_AS_STARTED = ("this process", "forks of this process")
+"""Of ``environment["trials_in"]``: places that have the malloc with which the caller's process was started."""
 
 FRAGMENTED = 1.05
 """Reserved over allocated bytes above which expandable segments are worth a word."""
@@ -24,6 +28,22 @@ def fragmentation_notes(result: BatchSizeResult) -> tuple[str, ...]:
                 "PYTORCH_ALLOC_CONF=expandable_segments:True may let more fit.",
             )
     return ()
+
+
+def malloc_notes(result: BatchSizeResult) -> tuple[str, ...]:
+    """Says for host memory which settings of malloc the answer needs, or would be larger with, where there are none.
+
+    A multilayer perceptron under 96 MiB: 1728 samples with them, and 640 too many without.
+    """
+    settings = " ".join(f"{name}={value}" for name, value in missing_settings().items())
+    if result.environment.get("kind") != "cpu" or not settings:
+        return ()
+    if result.environment["trials_in"] in _AS_STARTED:
+        return (f"More may fit in a process that is started with {settings}: its malloc gives back what is freed.",)
+    return (
+        f"Train with {settings} in the environment, as the trials did: without it malloc keeps much of what is freed, "
+        "and less fits.",
+    )
 
 
 def limit_notes(limit_bytes: int | None, budget_bytes: int | None, environment: Mapping[str, Any]) -> tuple[str, ...]:

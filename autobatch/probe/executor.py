@@ -62,7 +62,10 @@ class Executor(Protocol):
         """Tries one size, in a process that may have tried others before."""
 
     def confirm(self, requests: tuple[TrialRequest, ...]) -> list[Attempt]:
-        """Runs each request as a fresh start, as far as this place can, and stops at the first that fails."""
+        """Runs each request as a fresh start, as far as this place can, and stops at the first that fails.
+
+        Where the process that searched is still there, it comes first, as one history more.
+        """
 
     def close(self) -> None:
         """Leaves nothing behind: no process, no limit, no memory."""

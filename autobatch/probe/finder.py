@@ -210,6 +210,7 @@ def _inquiry(question: _Question, place: Device, executor: Executor, own: Settin
     return Inquiry(
         executor=executor,
         setting=agreed.setting(own, least(own.budget_bytes, limit_bytes)),
+        first_size=question.first_size,
         steps=question.steps,
         shuffles=SHUFFLES if headroom else SHUFFLES_AT_THE_EDGE,
         fresh=max(agreed.exchange("fresh starts", _fresh_starts(place, headroom))),

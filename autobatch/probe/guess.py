@@ -6,11 +6,12 @@ is where the search on the real GPU begins; a wrong one costs trials, never corr
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from typing import Any
 
-from autobatch.errors import AutobatchError
+from autobatch.errors import AutobatchError, AutobatchWarning
 from autobatch.probe.command import Command
 from autobatch.probe.command_executor import CommandExecutor
 from autobatch.probe.executor import Executor, Setting
@@ -63,8 +64,10 @@ def virtual_guess(source: Source, card: str, search: Callable[[Executor], int]) 
 
     Whatever goes wrong there is no error of the caller's: the real GPU has the last word.
     """
-    device = VirtualGPU(card)  # as long as it is there, so is the card
     try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", AutobatchWarning)  # it gives a first guess, no answer
+            device = VirtualGPU(card, any_capability=True)  # as long as it is there, so is the card
         if (executor := _there(source, device)) is None:
             return None, ""
         with closing(executor):

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from autobatch.device.oom import first_line
 from autobatch.errors import DoesNotFitError
-from autobatch.probe.advice import fragmentation_notes
+from autobatch.probe.advice import fragmentation_notes, malloc_notes
 from autobatch.probe.data import search_within
 from autobatch.probe.executor import Executor, Setting
 from autobatch.probe.search import SearchAnswer
@@ -36,6 +37,8 @@ class Inquiry:
 
     executor: Executor
     setting: Setting
+    first_size: int
+    """Where growth begins: the smallest size that the workload is known to accept."""
     steps: int
     shuffles: int
     fresh: int
@@ -51,6 +54,7 @@ class Inquiry:
     trials: list[Trial] = field(default_factory=list)
     confirmation: list[Trial] = field(default_factory=list)
     suspects: dict[int, BaseException] = field(default_factory=dict)
+    doubts: list[str] = field(default_factory=list)
     checked: dict[tuple[int, str], Attempt] = field(default_factory=dict)
     """By size and mode: trials of a remembered answer, which the search need not repeat."""
     trained: int | None = None
@@ -61,6 +65,7 @@ class Inquiry:
         return Inquiry(
             executor=executor,
             setting=executor.setting(),
+            first_size=self.first_size,
             steps=self.steps,
             shuffles=self.shuffles,
             fresh=self.fresh,
@@ -101,6 +106,7 @@ class Inquiry:
                 )
             except DoesNotFitError as error:
                 raise self._explained(error) from None
+            self.doubts += of_mode(mode, self._doubtful())
         return answers
 
     def result(
@@ -117,14 +123,14 @@ class Inquiry:
             headroom=headroom,
             budget_bytes=least(self.setting.budget_bytes, limit_bytes),
             environment={**self.setting.environment, "workload": self.setting.name, "trials_in": self.executor.where},
-            notes=tuple(note for mode, found in answers.items() for note in of_mode(mode, found.notes)),
+            notes=(*(note for mode, found in answers.items() for note in of_mode(mode, found.notes)), *self.doubts),
             duration_s=duration_s,
         )
-        return replace(result, notes=(*result.notes, *fragmentation_notes(result)))
+        return replace(result, notes=(*result.notes, *fragmentation_notes(result), *malloc_notes(result)))
 
     def _ask(self, size: int, mode: str) -> Trial:
         # One sample is enough for an evaluation to meet the optimizer's state.
-        before = () if self.trained is None else (self._smallest("train"),)
+        before = () if self.trained is None else (self._small("train", self.trained),)
         checked = self.checked.pop((size, mode), None)
         attempt = checked or self.executor.run(self._request(size, mode, self.steps, before))
         if attempt.suspect is not None:
@@ -135,7 +141,7 @@ class Inquiry:
 
     def check(self, size: int, mode: str) -> Trial:
         """One trial of a remembered answer, as a fresh start."""
-        (attempt,) = self.executor.confirm((self._fresh(size, mode),))
+        attempt = self.executor.confirm((self._fresh(size, mode),))[-1]
         self.checked[size, mode] = attempt
         self.trials.append(self._told(attempt.trial))
         self.trained = size if (self.setting.mode, mode) == ("both", "train") else None
@@ -147,8 +153,8 @@ class Inquiry:
 
     def _confirm(self, size: int, mode: str) -> Trial:
         fresh = self._fresh(size, mode)
-        smallest = self._smallest(mode if self.trained is None else "train")
-        before = (*fresh.sizes_before, smallest, smallest)
+        small = self._small(mode, size) if self.trained is None else self._small("train", self.trained)
+        before = (*fresh.sizes_before, small, small)
         after_small = replace(fresh, history="smaller batches", sizes_before=before)
         extent = self.setting.data.get(mode)
         seeds = range(self.shuffles if extent is not None and extent.varies else 0)
@@ -157,9 +163,13 @@ class Inquiry:
         self.confirmation += [self._told(attempt.trial) for attempt in attempts]
         return attempts[-1].trial
 
-    def _smallest(self, mode: str) -> int:
-        """The smallest size that ran: one sample, unless the caller started higher (batch norm refuses one)."""
-        return min(trial.batch_size for trial in self.trials if trial.fits and trial.mode == mode)
+    def _small(self, mode: str, size: int) -> int:
+        """A batch smaller than ``size``: one sample, unless the caller started higher (batch norm refuses one).
+
+        A search that began at a guess need not have run so few, and goes no further down than two.
+        """
+        ran = (trial.batch_size for trial in self.trials if trial.fits and trial.mode == mode)
+        return min(size, max(self.first_size, 2), *ran)
 
     def _request(self, size: int, mode: str, steps: int, before: tuple[int, ...]) -> TrialRequest:
         limit_bytes = self.capacity_bytes if self.is_restricted else None
@@ -169,6 +179,13 @@ class Inquiry:
         if self.on_trial is not None:
             self.on_trial(trial)
         return trial
+
+    def _doubtful(self) -> tuple[str, ...]:
+        """Names the smallest failure that was not surely one of memory."""
+        if not self.suspects:
+            return ()
+        size, error = min(self.suspects.items(), key=lambda known: known[0])
+        return (f"A batch of {size} is taken to run out of memory because smaller ones pass: {first_line(error)}.",)
 
     def _explained(self, error: DoesNotFitError) -> BaseException:
         """What to raise when nothing fits: the workload's own error, unless it was surely about memory."""

@@ -144,7 +144,8 @@ def closing_lines(result: BatchSizeResult, plan: AccumulationPlan | None = None)
     """What was noticed, the answer, and how to use it: as it is, or in micro-batches as ``plan`` has them."""
     evaluates = result.eval_batch_size and result.trials[0].mode != "eval"
     evaluation = f"; for evaluation: {result.eval_batch_size}" if evaluates else ""
-    effort = f"{_count(result.trial_count, 'trial')}, {_count(result.oom_count, 'failure')}"
+    confirming = f" and {len(result.confirmation)} to confirm" if result.confirmation else ""
+    effort = f"{_count(len(result.trials), 'trial')}{confirming}, {_count(result.oom_count, 'failure')}"
     withheld = f", {result.headroom:.0%} of memory left free" if result.headroom else ""
     return [
         *(f"Note: {note}" for note in result.notes),

@@ -202,6 +202,21 @@ print(len({address for _, address in blocks} | set(addresses[1::2])), {error for
     assert run(machine, code) == "True\n3002 {0}\n"
 
 
+def test_a_gpu_that_does_not_answer_is_no_failure_of_the_workload(machine):
+    code = """
+import resource, torch
+from autobatch.device.cuda import CudaDevice
+from autobatch.errors import DeviceError
+device = CudaDevice("cuda")
+resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+try:
+    device.reset_peaks()
+except DeviceError as error:
+    print(error)
+"""
+    assert machine.run("-c", code).startswith("cuda:0 cannot be used: CUDA error: OS call failed")
+
+
 def test_too_little_address_space_is_a_clear_error_and_no_lack_of_memory(machine):
     code = """
 import resource

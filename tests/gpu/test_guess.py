@@ -14,8 +14,10 @@ from torch import nn
 
 from autobatch import Workload, find
 from autobatch.probe.executor import Setting
+from autobatch.probe.guess import virtual_guess
 from autobatch.probe.isolation import ChildExecutor
 from autobatch.probe.rounding import Rounding
+from autobatch.probe.source import source_of
 from tests.conftest import has_real_gpu
 from tests.gpu.machines import in_new_process
 
@@ -54,6 +56,11 @@ def test_the_search_begins_at_the_answer_of_a_virtual_gpu(real: None) -> None:
 
 def test_a_guess_of_the_caller_s_own_is_not_asked_for_again(real: None) -> None:
     assert not [note for note in answered(isolate=True, first_guess=64).notes if "began" in note]
+
+
+def test_a_card_for_which_torch_has_no_kernels_is_no_error_of_the_caller_s() -> None:
+    card = "memory=1GiB,capability=7.0,outside=0"
+    assert virtual_guess(source_of(lambda n: None, ()), card, lambda executor: 1) == (None, "")
 
 
 def test_where_nothing_may_fail_the_search_stays_below_the_answer_of_a_virtual_gpu(real: None) -> None:

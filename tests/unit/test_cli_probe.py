@@ -155,7 +155,9 @@ class TestOutput:
             "(confirmed after smaller batches)",
         ]
         assert lines[6] == "Note: more would fit with expandable segments"
-        assert lines[7] == "Largest batch on fake device: 8 (16 does not fit). 4 trials, 1 failure, 6.0 s"
+        assert (
+            lines[7] == "Largest batch on fake device: 8 (16 does not fit). 3 trials and 1 to confirm, 1 failure, 6.0 s"
+        )
         assert "batch_size=8" in lines[8]
         assert len(lines) == 9
 

@@ -16,6 +16,7 @@ from torch import nn
 
 import autobatch
 from autobatch import BatchSizeResult, DoesNotFitError, InvalidArgumentError, Outcome, Workload, find
+from autobatch.device.host import HostDevice
 from autobatch.probe.state import fingerprint
 from autobatch.testing import FakeDevice
 from autobatch.units import GIB, MIB
@@ -184,6 +185,12 @@ def test_a_builder_runs_in_a_child_and_finds_what_host_memory_holds() -> None:
     confirmed = [t.history for t in result.confirmation if t.batch_size == result.batch_size]
     assert confirmed == ["a fresh start"] * 3 + ["smaller batches"]
     assert not psutil.Process().children(recursive=True)
+    assert result.notes[-1].startswith("Train with MALLOC_MMAP_THRESHOLD_=262144 MALLOC_TRIM_THRESHOLD_=262144 ")
+
+
+def test_the_user_s_own_settings_of_malloc_stay_in_a_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1048576")
+    assert set(HostDevice().isolation().environment) == {"MALLOC_TRIM_THRESHOLD_", "MALLOC_ARENA_MAX"}
 
 
 def test_a_step_function_runs_in_a_child_when_asked_to() -> None:

@@ -76,6 +76,10 @@ def test_a_crash_is_a_size_that_does_not_fit_and_not_the_end_of_this_process() -
     result = answer(step)
     assert (result.batch_size, result.smallest_failure) == (5, 6)
     assert any("SIGSEGV" in trial.message for trial in result.trials)
+    doubt = (
+        "A batch of 6 is taken to run out of memory because smaller ones pass: the child process was killed by SIGSEGV."
+    )
+    assert doubt in result.notes
 
 
 def test_an_error_of_the_workload_s_own_flies_with_where_it_came_from() -> None:

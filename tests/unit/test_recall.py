@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from autobatch import BatchSizeResult, InvalidArgumentError, Workload, find
+from autobatch.device.host import HostDevice
 from autobatch.errors import AutobatchWarning
 from autobatch.probe.cache import ResultCache, default_folder
 from autobatch.probe.signature import signature_of
@@ -192,6 +194,28 @@ def test_a_wrong_cache_is_refused_before_anything_is_touched(bench):
 def test_a_first_guess_is_where_the_search_begins(bench):
     result = bench.find(first_guess=140)
     assert (result.batch_size, result.trials[0].batch_size) == (143, 140)
+    assert 2 in bench.device.steps  # before the confirmation after smaller batches, none of which the search has run
+
+
+def test_a_guess_that_does_not_keep_fitting_is_stepped_down(bench):
+    def lose_memory(trial: Any) -> None:
+        if trial.batch_size == 144:  # the search's last
+            bench.device._limit_bytes = int(0.95 * bench.capacity_bytes)
+
+    result = bench.find(first_guess=143, on_trial=lose_memory)
+    assert result.proof in ("next_size_failed", "stepped_down")
+    assert 130 <= result.batch_size < 140
+
+
+def test_both_modes_are_confirmed_where_the_process_that_tried_one_is_still_there(monkeypatch, tmp_path):
+    """As on a GPU: its confirmation begins in the process that is there."""
+    kept: dict[str, Any] = {"device": "cpu", "memory_limit": 64 * MIB, "max_batch_size": 2, "cache": tmp_path}
+    isolation = HostDevice.isolation
+    monkeypatch.setattr(HostDevice, "isolation", lambda self: dataclasses.replace(isolation(self), anew=False))
+    assert not is_recalled(find(small.both, **kept))
+    recalled = find(small.both, **kept)
+    assert is_recalled(recalled)
+    assert [trial.mode for trial in recalled.trials] == ["train", "eval"]
 
 
 @pytest.mark.slow
