@@ -80,7 +80,7 @@ class LocalExecutor:
         self,
         workload: Workload,
         device: Device,
-        restore: Callable[[], None] = lambda: None,
+        restore: Callable[[], object] = lambda: None,
         *,
         agree: Agree = alone,
     ) -> None:

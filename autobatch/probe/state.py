@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from autobatch.probe.random_numbers import random_states
 
-Restore = Callable[[], None]
+Restore = Callable[[], object]
+_CUDNN_FLAGS = ("benchmark", "deterministic", "enabled")
 
 
 @contextlib.contextmanager
@@ -51,7 +52,8 @@ def preserved(objects: Iterable[Any], torch_device: str) -> Iterator[Restore]:
 def fingerprint(*objects: Any, torch_device: str = "cpu") -> str:
     """A hash over every bit that :func:`preserved` would put back: equal before and after is what it promises."""
     digest = hashlib.sha256()
-    _Fingerprint(digest.update).visit(objects)
+    _Fingerprint(digest.update).visit((objects, [getattr(torch.backends.cudnn, flag) for flag in _CUDNN_FLAGS]))
+    digest.update(repr((torch.is_grad_enabled(), torch.get_default_dtype())).encode())
     for _, state in random_states(torch_device):
         # An array's repr leaves most of it out.
         parts = [part.tolist() if hasattr(part, "tolist") else part for part in state]
@@ -121,7 +123,7 @@ class Memento:
         self._storages.add(storage.data_ptr())
         saved = torch.UntypedStorage(storage.nbytes())
         saved.copy_(storage)
-        return lambda: _quietly(storage.copy_, saved)
+        return lambda: storage.copy_(saved)
 
     def _mapping(self, mapping: MutableMapping[Any, Any]) -> Restore:
         items = list(mapping.items())
@@ -191,12 +193,8 @@ class _Fingerprint:
         elif isinstance(item, (list, tuple, collections.deque)):
             for value in item:
                 self.visit(value)
-        elif isinstance(item, torch.Generator):
-            self.visit(item.get_state())
-        elif _is_open(item):
-            self.visit(vars(item))
-        elif hasattr(item, "state_dict") and not isinstance(item, type):
-            self.visit(item.state_dict())
+        else:
+            self.visit(_told_state(item))
 
     def _tensor(self, item: Tensor) -> None:
         values = item.detach().cpu().contiguous()
@@ -204,6 +202,23 @@ class _Fingerprint:
         self._update(values.flatten().view(torch.uint8).numpy().tobytes() if values.numel() else b"")
         if item.is_leaf:
             self.visit(item.grad)
+
+
+def _told_state(item: Any) -> Any:
+    """The state of ``item`` in plainer objects; None if it has none to tell."""
+    if isinstance(item, set):
+        return sorted(map(repr, item))
+    if isinstance(item, torch.Generator):
+        return item.get_state()
+    if isinstance(item, random.Random):
+        return item.getstate()
+    if _is_numpy_generator(item):
+        return item.bit_generator.state if hasattr(item, "bit_generator") else item.get_state()
+    if hasattr(item, "tolist"):  # an array of numpy's
+        return item.tolist()
+    if _is_open(item):
+        return vars(item)
+    return item.state_dict() if hasattr(item, "state_dict") and not isinstance(item, type) else None
 
 
 def _is_open(item: Any) -> bool:
@@ -220,7 +235,7 @@ def _is_numpy_generator(item: Any) -> bool:
 def _generator(item: Any) -> Restore:
     if isinstance(item, torch.Generator):
         state = item.get_state()
-        return lambda: _quietly(item.set_state, state)
+        return lambda: item.set_state(state)
     if isinstance(item, random.Random):
         return _setter(item.setstate, item.getstate())
     if hasattr(item, "bit_generator"):
@@ -230,13 +245,13 @@ def _generator(item: Any) -> Restore:
 
 def _by_state_dict(item: Any) -> Restore:
     saved = copy.deepcopy(item.state_dict())
-    return lambda: _quietly(item.load_state_dict, saved)
+    return lambda: item.load_state_dict(saved)
 
 
 def _global_state(torch_device: str) -> list[Restore]:
     """Random number generators, and the switches of torch that training code turns."""
     restores = [_setter(put_back, state) for put_back, state in random_states(torch_device)]
-    for flag in ("benchmark", "deterministic", "enabled"):
+    for flag in _CUDNN_FLAGS:
         restores.append(_attribute_setter(torch.backends.cudnn, flag, getattr(torch.backends.cudnn, flag)))
     restores.append(_setter(torch.set_grad_enabled, torch.is_grad_enabled()))
     restores.append(_setter(torch.set_default_dtype, torch.get_default_dtype()))
@@ -268,12 +283,8 @@ def _nothing() -> None:
     """What an object without state of its own needs."""
 
 
-def _quietly(function: Callable[[Any], Any], value: Any) -> None:
-    function(value)
-
-
 def _setter(function: Callable[[Any], Any], value: Any) -> Restore:
-    return lambda: _quietly(function, value)
+    return lambda: function(value)
 
 
 def _attribute_setter(holder: Any, name: str, value: Any) -> Restore:

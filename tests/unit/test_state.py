@@ -187,3 +187,25 @@ def test_a_model_may_hold_the_class_of_its_layers() -> None:
         net.layer_class = nn.LayerNorm
     assert net.layer_class is nn.BatchNorm1d
     assert fingerprint(net) == before
+
+
+@pytest.mark.parametrize(
+    ("make", "change"),
+    [
+        (lambda: [{1, 2}], lambda it: it[0].add(3)),
+        (lambda: [random.Random(0)], lambda it: it[0].random()),
+        (lambda: [np.random.default_rng(0)], lambda it: it[0].random()),
+        (lambda: [np.random.RandomState(0)], lambda it: it[0].rand()),
+        (lambda: [], lambda it: setattr(torch.backends.cudnn, "benchmark", not torch.backends.cudnn.benchmark)),
+        (lambda: [], lambda it: torch.set_grad_enabled(False)),
+        (lambda: [], lambda it: torch.set_default_dtype(torch.float64)),
+    ],
+)
+def test_a_fingerprint_sees_what_is_put_back(make, change):
+    """Else no test by hash could fail for it."""
+    things = make()
+    before = fingerprint(*things)
+    with preserved(things, "cpu"):
+        change(things)
+        assert fingerprint(*things) != before
+    assert fingerprint(*things) == before
