@@ -54,13 +54,13 @@ def attach(torch: Any, request: dict[str, Any]) -> None:
 
 
 def attach_anew(torch: Any, request: dict[str, Any]) -> None:
-    """A fork trains by itself, if at all; the limit is inherited."""
+    """A fork trains by itself, if at all; the limit, and what is known of the memory below it, are inherited."""
     global _training
-    limits, before = [], _training
-    if before is not None:
-        limits = before.limits
-    _training = _Training(torch, request)
-    _training.limits = limits
+    parent, _training = _training, _Training(torch, request)
+    if parent is not None:
+        _training.limits = parent.limits
+        _training.soft_limit_bytes = parent.soft_limit_bytes
+        _training.idle_resident_bytes = parent.idle_resident_bytes
 
 
 def _stepped(optimizer: Any, args: Any, kwargs: Any) -> None:

@@ -3,7 +3,8 @@
 The prober starts one server (:mod:`autobatch.probe.worker`), and it forks workers. A worker lives across the trials
 that fit and is replaced after a failure, a hang or its death, or after every trial where the device says so; a
 confirmation gets a fresh one. Live objects are tried in forks of the present process instead
-(:mod:`autobatch.probe.fork`). The only place in autobatch that starts a process for trials.
+(:mod:`autobatch.probe.fork`), and commands run in processes of their own (:mod:`autobatch.probe.command_run`). A
+Device never starts any.
 """
 
 from __future__ import annotations

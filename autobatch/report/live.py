@@ -133,8 +133,9 @@ def device_line(info: DeviceInfo, torch_device: str) -> str:
 
 
 def other_lines(info: DeviceInfo) -> list[str]:
-    """The other processes on the device, one a line."""
-    return [
+    """The other processes on the device, one a line; and that they are unknown, where the driver does not tell."""
+    unknown = ["  other processes: unknown"] if info.details.get("others_unknown") else []
+    return unknown + [
         f"  another process has {format_bytes(other.used_bytes)}: {other.name or 'unknown'} (pid {other.pid})"
         for other in info.others
     ]

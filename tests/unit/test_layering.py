@@ -177,3 +177,13 @@ def test_imports_where_unix_modules_are_missing() -> None:
         f"for name in {wanted!r}:\n"
         "    importlib.import_module(name)\n"
     )
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["device/oom", "device/process", *(module_of(path) for path in sources() if part_of(module_of(path)) == "hook")],
+)
+def test_what_runs_in_a_command_s_own_interpreter_needs_the_standard_library_alone(module: str) -> None:
+    """The hook loads the first two by their files, so that no import of theirs would be found."""
+    names = imported(PACKAGE / f"{module}.py", at_import_only=True)
+    assert {name.split(".")[0] for name in names} <= {*sys.stdlib_module_names, "__future__"}

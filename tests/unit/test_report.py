@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -124,3 +125,5 @@ def test_the_device_line_says_that_a_gpu_is_virtual():
 def test_other_processes_are_named():
     info = DeviceInfo(name="x", kind="cuda", others=(GpuProcess(pid=7, name=None, used_bytes=None),))
     assert other_lines(info) == ["  another process has unknown: unknown (pid 7)"]
+    untold = replace(info, others=(), details={"others_unknown": True})
+    assert other_lines(untold) == ["  other processes: unknown"]
