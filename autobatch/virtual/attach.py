@@ -125,7 +125,8 @@ def present_state() -> Path | None:
     if _attached is not None:
         return _attached
     state, folder = os.environ.get(STATE_VARIABLE), os.environ.get(_FOLDER_VARIABLE)
-    return Path(state) if state and folder and f" {folder}/" in _mapped_files() else None
+    # Mappings are listed by where files lie, which is not how a cache folder behind a link is called.
+    return Path(state) if state and folder and f" {os.path.realpath(folder)}/" in _mapped_files() else None
 
 
 def _mapped_files() -> str:

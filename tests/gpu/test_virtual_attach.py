@@ -6,6 +6,7 @@ import sys
 import textwrap
 
 import pytest
+from platformdirs import user_cache_path
 
 from autobatch.units import GIB, MIB
 from autobatch.virtual.catalog import find_card
@@ -127,6 +128,27 @@ def test_a_process_that_inherited_one_cannot_attach_another(tmp_path):
             subprocess.run([sys.executable, __file__], check=True)
     """
     assert run(code, tmp_path).startswith("refused: this process has virtual GPUs already")
+
+
+def test_a_process_that_inherited_one_from_behind_a_link_knows_it(tmp_path):
+    code = """
+        import subprocess, sys
+        from autobatch.errors import DeviceError
+        from autobatch.virtual.attach import present_state
+        from autobatch.virtual.device import VirtualGPU
+        inherited = present_state()
+        gpu = VirtualGPU("t4")
+        try:
+            gpu.attach()
+        except DeviceError as error:
+            print(str(inherited) == sys.argv[1], error)
+        else:
+            subprocess.run([sys.executable, __file__, gpu.state_path], check=True)
+    """
+    link = tmp_path / "cache"
+    link.symlink_to(user_cache_path())
+    done = run(code, tmp_path, XDG_CACHE_HOME=str(link))
+    assert done.startswith("True this process has virtual GPUs already")
 
 
 def test_the_state_is_removed_at_the_end(tmp_path):

@@ -114,6 +114,19 @@ def test_a_second_virtual_gpu_is_refused(monkeypatch):
         VirtualGPU("t4").attach()
 
 
+def test_a_driver_behind_a_link_is_recognized(monkeypatch, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    monkeypatch.setenv("AUTOBATCH_VIRTUAL_STATE", "/run/state")
+    monkeypatch.setenv("TRITON_LIBCUDA_PATH", str(tmp_path / "link"))
+    monkeypatch.setattr(attach, "_attached", None)
+    mapped = f"7f00 r-xp 0 08:01 12    {tmp_path.resolve()}/real/libnvidia-ml.so.1\n"
+    monkeypatch.setattr(attach, "_mapped_files", lambda: mapped)
+    assert attach.present_state() == Path("/run/state")
+    monkeypatch.setattr(attach, "_mapped_files", lambda: mapped.replace("/real/", "/other/"))
+    assert attach.present_state() is None
+
+
 def test_other_platforms_are_told_where_it_works(monkeypatch):
     monkeypatch.setattr(host.sys, "platform", "darwin")
     with pytest.raises(DeviceNotFoundError, match="container"):
