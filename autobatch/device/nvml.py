@@ -31,15 +31,16 @@ def list_gpus(*, nvml: Any = pynvml, environ: Mapping[str, str] = os.environ) ->
     """
     with _session(nvml) as driver:
         count = _ask(driver, "nvmlDeviceGetCount") or 0
-        handles = [_ask(driver, "nvmlDeviceGetHandleByIndex", index) for index in range(count)]
-        gpus = [_describe(driver, handle) for handle in handles if handle is not None]
-        slices = {gpu.uuid: _slices(driver, handle) for gpu, handle in zip(gpus, handles, strict=False)}
-    rows = [row for gpu in gpus for row in (gpu, *slices[gpu.uuid])]
+        answers = (_ask(driver, "nvmlDeviceGetHandleByIndex", index) for index in range(count))
+        handles = [handle for handle in answers if handle is not None]  # none for a GPU that was lost
+        gpus = [_describe(driver, handle) for handle in handles]
+        slices = [_slices(driver, handle) for handle in handles]
+    rows = [row for gpu, parts in zip(gpus, slices, strict=True) for row in (gpu, *parts)]
     by_pci = environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID" or len({gpu.name for gpu in gpus}) == 1
     order = visible_uuids(
         environ.get("CUDA_VISIBLE_DEVICES"),
         [row.uuid or "" for row in rows],
-        numbered=[gpu.uuid or "" for gpu in gpus] if by_pci and not any(slices.values()) else None,
+        numbered=[gpu.uuid or "" for gpu in gpus] if by_pci and not any(slices) else None,
     )
     return [replace(row, index=order.index(row.uuid) if order and row.uuid in order else None) for row in rows]
 

@@ -21,11 +21,11 @@ class NVMLError(Exception):
 
 
 class Driver:
-    """A driver with these GPUs. ``refused`` names the calls it does not support or permit."""
+    """A driver with these GPUs (None: one that was lost). ``refused`` names the calls it does not support or permit."""
 
     NVMLError = NVMLError
 
-    def __init__(self, *gpus: SimpleNamespace, refused: tuple[str, ...] = ()) -> None:
+    def __init__(self, *gpus: SimpleNamespace | None, refused: tuple[str, ...] = ()) -> None:
         self.gpus, self.refused, self.sessions, self.asked = gpus, refused, 0, 0
 
     def __getattribute__(self, name: str) -> Any:
@@ -50,6 +50,8 @@ class Driver:
         return len(self.gpus)
 
     def nvmlDeviceGetHandleByIndex(self, index: int) -> SimpleNamespace:
+        if self.gpus[index] is None:
+            raise NVMLError("GPU is lost")
         return self.gpus[index]
 
     def nvmlDeviceGetHandleByUUID(self, uuid: str) -> SimpleNamespace:
@@ -194,6 +196,17 @@ def test_slices_follow_their_gpu_and_have_figures_of_their_own() -> None:
     slices = (gpu("MIG-1", "NVIDIA A100 MIG 1g.5gb"), gpu("MIG-2", "NVIDIA A100 MIG 2g.10gb"))
     rows = list_gpus(nvml=Driver(gpu(A, slices=slices), gpu(B)), environ={"CUDA_VISIBLE_DEVICES": "MIG-2"})
     assert [(row.uuid, row.index) for row in rows] == [(A, None), ("MIG-1", None), ("MIG-2", 0), (B, None)]
+
+
+def test_slices_follow_their_gpu_also_behind_one_that_is_lost() -> None:
+    rows = list_gpus(nvml=Driver(None, gpu(A), gpu(B, slices=(gpu("MIG-1"),)), gpu(C)), environ={})
+    assert [row.uuid for row in rows] == [A, B, "MIG-1", C]
+
+
+def test_slices_follow_their_gpu_also_where_no_gpu_tells_its_uuid() -> None:
+    gpus = (gpu("", "first", slices=(gpu("", "slice of first"),)), gpu("", "second"))
+    rows = list_gpus(nvml=Driver(*gpus, refused=("nvmlDeviceGetUUID",)), environ={})
+    assert [row.name for row in rows] == ["first", "slice of first", "second"]
 
 
 @pytest.mark.parametrize("given", [A, A.removeprefix("GPU-")])
