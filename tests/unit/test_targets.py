@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -161,6 +162,24 @@ class TestFunctions:
         with pytest.raises(RuntimeError, match="mine"):
             build(f"{renamed}:build")
         assert sys.modules["torch"] is torch
+
+    @pytest.mark.parametrize("name", ["train_it", "train-it", "torch"])
+    def test_the_file_is_run_once_whatever_it_is_called(self, script, name):
+        body = "import pathlib\nwith pathlib.Path(__file__ + '.runs').open('a') as runs:\n    runs.write('x')\n"
+        path = script(body + WORKLOAD.replace("\n    ", "\n"), name="written")
+        path = path.rename(path.with_name(f"{name}.py"))
+        target = parse_target(f"{path}:build", NOTHING)
+        target.import_modules()
+        target("meta")
+        assert Path(f"{path}.runs").read_text() == "x"
+
+    def test_a_file_that_is_no_name_is_the_same_module_in_every_process(self, script):
+        path = script("def build(): raise RuntimeError(__name__)", name="train-it")
+        with pytest.raises(RuntimeError) as caught:
+            build(f"{path}:build")
+        code = f"from autobatch.cli.targets.function import _import; print(_import({str(path)!r}, '').__name__)"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == str(caught.value)
 
     @pytest.mark.parametrize("parameters", ["width", "device, width", "*, width"])
     def test_a_parameter_that_nothing_gives_is_named(self, script, parameters):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
@@ -156,13 +158,9 @@ def _import(module: str, folder: str) -> ModuleType:
     _extend_import_path(folder)
     if not module.endswith(".py"):
         return importlib.import_module(module)
-    # By its own name, so that loader workers and pickles find its classes, unless that name is taken.
-    name = Path(module).stem
-    present = sys.modules.get(name)
-    if present is not None and getattr(present, "__file__", None) == module:
-        return present
-    if present is not None or not name.isidentifier():
-        name = f"autobatch_target_{abs(hash(module))}"
+    name = _file_module(module)
+    if name in sys.modules:  # a worker finds what its server has run
+        return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, module)
     if spec is None or spec.loader is None:
         raise InvalidArgumentError("target", module, "a Python file")
@@ -174,6 +172,18 @@ def _import(module: str, folder: str) -> ModuleType:
         del sys.modules[name]
         raise
     return loaded
+
+
+def _file_module(path: str) -> str:
+    """The module that the file at ``path`` is, or becomes when it is run: the same one in every process.
+
+    Its own name, so that loader workers and pickles find its classes, unless that is another's or cannot be imported.
+    """
+    name = Path(path).stem
+    present = sys.modules.get(name)
+    if getattr(present, "__file__", None) == path or (present is None and name.isidentifier()):
+        return name
+    return f"autobatch_target_{hashlib.sha256(os.fsencode(path)).hexdigest()[:16]}"
 
 
 def _extend_import_path(folder: str) -> None:
