@@ -229,6 +229,25 @@ print(malloc(1)[0])
     assert re.search(r"needs 9 GiB of address space.*limit of this process is 4 GiB \(ulimit -v\)", err, re.DOTALL)
 
 
+def test_without_a_limit_on_address_space_none_is_told(machine):
+    code = """
+import mmap
+libc = ctypes.CDLL(None)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + 3 * [ctypes.c_int] + [ctypes.c_long]
+size = 64 << 40
+while size >= 1 << 30:  # all there is, in ever smaller pieces
+    place = libc.mmap(None, size, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000, -1, 0)
+    size //= 2 if place == 2**64 - 1 else 1
+print(malloc(1)[0])
+"""
+    with machine.start("-c", CALLS + code) as process:
+        out, err = process.communicate()
+    assert out == f"{OPERATING_SYSTEM}\n"
+    assert re.search(r"needs 9 GiB of address space.*this process has no limit", err, re.DOTALL)
+    assert "-1" not in err
+
+
 @pytest.mark.parametrize(
     ("visible", "indices"),
     [

@@ -35,13 +35,15 @@ static size_t least(void) {
 }
 
 static cudaError_t no_room(size_t wanted) {
-  struct rlimit limit = {0, 0};
+  struct rlimit limit = {RLIM_INFINITY, RLIM_INFINITY};
+  char why[128] = "this process has no limit (ulimit -v): the system itself refuses, as with vm.overcommit_memory=2";
   getrlimit(RLIMIT_AS, &limit);
+  if (limit.rlim_cur != RLIM_INFINITY)
+    snprintf(why, sizeof why, "the limit of this process is %llu GiB (ulimit -v), raise it",
+             (unsigned long long)limit.rlim_cur >> 30);
   fprintf(stderr,
-          "autobatch: the virtual GPU needs %zu GiB of address space (not of memory) and cannot have it; the limit of "
-          "this process is %lld GiB (ulimit -v), raise it\n",
-          (wanted + ((size_t)1 << 30) - 1) >> 30,
-          limit.rlim_cur == RLIM_INFINITY ? -1 : (long long)(limit.rlim_cur >> 30));
+          "autobatch: the virtual GPU needs %zu GiB of address space (not of memory) and cannot have it; %s\n",
+          (wanted + ((size_t)1 << 30) - 1) >> 30, why);
   // Not an out-of-memory: a smaller batch would not help.
   return cudaErrorOperatingSystem;
 }
