@@ -1,3 +1,4 @@
+import ctypes
 import importlib.machinery
 import json
 import os
@@ -147,6 +148,17 @@ def test_the_sources_compile_without_a_warning(tmp_path):
     command = [*build.compiler(), *build._FLAGS, "-Werror", f"-I{build._SOURCES}", *includes, "-fsyntax-only", *sources]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_nvml_tells_the_cuda_version_of_the_headers(tmp_path):
+    (tmp_path / "cuda.h").write_text("#define CUDA_VERSION 13070\n")
+    library = tmp_path / "nvml.so"
+    sources = [str(build._SOURCES / name) for name in ("nvml.c", "state.c")]
+    flags = [*build._FLAGS, f"-I{tmp_path}", f"-I{build._SOURCES}", *build._LINK]
+    subprocess.run([*build.compiler(), *flags, *sources, "-o", str(library), "-lpthread"], check=True)
+    version = ctypes.c_int()
+    assert ctypes.CDLL(str(library)).nvmlSystemGetCudaDriverVersion(ctypes.byref(version)) == 0
+    assert version.value == 13070
 
 
 # ---- what must be there

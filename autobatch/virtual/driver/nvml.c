@@ -1,6 +1,7 @@
 // NVML: all cards of the machine, whatever CUDA_VISIBLE_DEVICES says, answered from the shared state.
 //
 // NVIDIA's header is not installed with torch. The layouts are those of nvidia-ml-py, which documents them.
+#include <cuda.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -62,7 +63,7 @@ ENTRY const char *nvmlErrorString(int error) {
 
 ENTRY int nvmlSystemGetDriverVersion(char *to, unsigned room) { return text(to, room, "580.65.06"); }
 ENTRY int nvmlSystemGetNVMLVersion(char *to, unsigned room) { return text(to, room, "13.580.65.06"); }
-ENTRY int nvmlSystemGetCudaDriverVersion_v2(int *version) { return *version = 13000, SUCCESS; }
+ENTRY int nvmlSystemGetCudaDriverVersion_v2(int *version) { return *version = CUDA_VERSION, SUCCESS; }
 ENTRY int nvmlSystemGetCudaDriverVersion(int *version) { return nvmlSystemGetCudaDriverVersion_v2(version); }
 
 ENTRY int nvmlSystemGetProcessName(unsigned pid, char *to, unsigned room) {
