@@ -2,10 +2,12 @@ import ctypes
 import importlib.machinery
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -159,6 +161,44 @@ def test_nvml_tells_the_cuda_version_of_the_headers(tmp_path):
     version = ctypes.c_int()
     assert ctypes.CDLL(str(library)).nvmlSystemGetCudaDriverVersion(ctypes.byref(version)) == 0
     assert version.value == 13070
+
+
+def test_the_errors_that_are_given_have_their_names_and_words(cache):
+    """Those and no others, as in NVIDIA's own library, which needs no GPU for that."""
+    [folder] = (cache / "autobatch" / "driver").glob("cuda*")
+    [cudart] = (check_host().includes[0].parent / "lib").glob("libcudart.so.*")
+    ours, real = errors_of(folder / "libautobatch_cuda.so"), errors_of(cudart)
+    assert ours.keys() == errors_in_sources()
+    assert ours == {code: real[code] for code in ours}
+
+
+def errors_of(library):
+    """The name and the words of each error that the library knows, by number."""
+    code = """
+        import ctypes, json, sys
+        cuda = ctypes.CDLL(sys.argv[1])
+        cuda.cudaGetErrorName.restype = cuda.cudaGetErrorString.restype = ctypes.c_char_p
+        asked = {n: [cuda.cudaGetErrorName(n).decode(), cuda.cudaGetErrorString(n).decode()] for n in range(1, 999)}
+        print(json.dumps(asked))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(library)]
+    asked = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return {
+        int(n): about
+        for n, about in asked.items()
+        if "unrecognized error code" not in about[1] and about[1] != "unknown error"
+    }
+
+
+def errors_in_sources():
+    """The numbers of all errors that the sources name outside of the table of names, but for the unknown one."""
+    headers = [check_host().includes[0] / name for name in ("cuda.h", "driver_types.h")]
+    listed = re.compile(r"\b(cudaError[A-Z]\w+|CUDA_ERROR_\w+)\s*=\s*(\d+)")
+    numbers = {name: int(number) for header in headers for name, number in listed.findall(header.read_text())}
+    text = "".join(path.read_text() for path in build._SOURCES.glob("*.c"))
+    text = re.sub(r"\} errors\[\] = \{.*?\};", "", text, flags=re.DOTALL)
+    named = re.findall(r"\b(?:cudaError[A-Z]\w+|CUDA_ERROR_\w+)", re.sub(r"//.*", "", text))
+    return {numbers[name] for name in named} - {numbers["cudaErrorUnknown"]}
 
 
 # ---- what must be there
