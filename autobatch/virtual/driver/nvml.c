@@ -147,7 +147,7 @@ ENTRY int nvmlDeviceGetCudaComputeCapability(void *handle, int *major, int *mino
 ENTRY int nvmlDeviceGetPciInfo_v3(void *handle, struct pci *about) {
   CARD(handle);
   memset(about, 0, sizeof *about);
-  about->bus = (unsigned)card + 1;
+  about->bus = (unsigned char)(card + 1);  // two digits
   snprintf(about->legacy_id, sizeof about->legacy_id, "0000:%02X:00.0", about->bus);
   snprintf(about->id, sizeof about->id, "00000000:%02X:00.0", about->bus);
   return SUCCESS;
