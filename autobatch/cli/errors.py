@@ -36,7 +36,7 @@ from autobatch.errors import (
     WorkloadFailedError,
 )
 
-FOUND, DOES_NOT_FIT, BAD_USAGE, DEVICE_ERROR, WORKLOAD_FAILED, INTERNAL_ERROR, INTERRUPTED = 0, 1, 2, 3, 4, 70, 130
+DOES_NOT_FIT, BAD_USAGE, DEVICE_ERROR, WORKLOAD_FAILED, INTERNAL_ERROR, INTERRUPTED = 1, 2, 3, 4, 70, 130
 
 _SHOWN_LINES = 24
 _NEEDS_TWO = "Expected more than 1 value per channel when training"  # torch/nn/functional.py, of batch norm

@@ -228,7 +228,6 @@ def generate(
         untyped.append(f"ENTRY int {name}(void) {{ answer_used({len(names)}); return 0; }}")
         names.append(name)
     untyped.append(f"const unsigned answer_count = {len(names)}, answer_version_count = {len(versions)};")
-    untyped.append("const char *const answer_names[] = {" + ", ".join(f'"{name}"' for name in names) + "};")
     pairs = ", ".join(f'{{"{plain}", "{current}"}}' for plain, current in sorted(versions.items()))
     untyped.append(f"const struct answer_name answer_versions[] = {{{pairs}}};")
     return "\n".join(lines) + "\n", "\n".join(untyped) + "\n", names

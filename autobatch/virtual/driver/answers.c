@@ -2,13 +2,12 @@
 #include "answers.h"
 
 #include <fcntl.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
-
-#include "card.h"
 
 static uint64_t *counts;
 static pthread_once_t once = PTHREAD_ONCE_INIT;
@@ -18,16 +17,14 @@ static pthread_once_t once = PTHREAD_ONCE_INIT;
 static void prepare(void) {
   size_t bytes = answer_count * sizeof *counts;
   const char *path = getenv(CALLS_VARIABLE);
-  if (path && *path) {
-    int file = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
-    if (file >= 0 && !ftruncate(file, (off_t)bytes)) {
-      void *place = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
-      if (place != MAP_FAILED) counts = place;
-    }
-    if (file >= 0) close(file);
-    if (!counts) fprintf(stderr, "autobatch: cannot count generated answers in " CALLS_VARIABLE "=%s\n", path);
+  if (!path || !*path) return;
+  int file = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+  if (file >= 0 && !ftruncate(file, (off_t)bytes)) {
+    void *place = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    if (place != MAP_FAILED) counts = place;
   }
-  if (!counts) counts = calloc(answer_count, sizeof *counts);
+  if (file >= 0) close(file);
+  if (!counts) fprintf(stderr, "autobatch: cannot count generated answers in " CALLS_VARIABLE "=%s\n", path);
 }
 
 void answer_used(unsigned number) {
@@ -42,12 +39,4 @@ static int by_name(const void *name, const void *entry) {
 const char *answer_current_name(const char *name) {
   const struct answer_name *found = bsearch(name, answer_versions, answer_version_count, sizeof *found, by_name);
   return found ? found->current : name;
-}
-
-// For programs in this process: how often the generated answer `name` was used, -1 if there is none of that name.
-ENTRY long long autobatch_answer_uses(const char *name) {
-  pthread_once(&once, prepare);
-  for (unsigned i = 0; counts && i < answer_count; i++)
-    if (!strcmp(answer_names[i], name)) return (long long)counts[i];
-  return -1;
 }

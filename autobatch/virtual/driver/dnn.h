@@ -27,8 +27,7 @@ struct cudnnRNNStruct {
 };
 
 struct cudnnRNNDataStruct {
-  cudnnDataType_t type;
-  int steps, batch, width;
+  int steps, batch;
 };
 
 #endif

@@ -81,7 +81,7 @@ ENTRY cudnnStatus_t cudnnDestroyRNNDataDescriptor(cudnnRNNDataDescriptor_t data)
 ENTRY cudnnStatus_t cudnnSetRNNDataDescriptor(cudnnRNNDataDescriptor_t data, cudnnDataType_t type,
                                               cudnnRNNDataLayout_t layout, int steps, int batch, int width,
                                               const int lengths[], void *padding) {
-  *data = (struct cudnnRNNDataStruct){type, steps, batch, width};
+  *data = (struct cudnnRNNDataStruct){steps, batch};
   return CUDNN_STATUS_SUCCESS;
 }
 

@@ -13,7 +13,6 @@ struct CUstream_st {
 };
 
 struct CUevent_st {
-  int device;
   int recorded;
   struct timespec when;
   unsigned long long capture;  // of the stream it was recorded on: a stream that waits for it joins the capture
@@ -109,7 +108,6 @@ ENTRY cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags) {
   NEED(context_or_fork());
   struct CUevent_st *made = calloc(1, sizeof *made);
   if (!made) return fail(cudaErrorMemoryAllocation);
-  made->device = current_device();
   *event = made;
   return cudaSuccess;
 }
