@@ -55,6 +55,8 @@ class Workload:
             ``update_parameters(model)`` (torch's AveragedModel) or ``update(model)`` (timm's), or a function of the
             model, whose copy then belongs into ``extra_state``.
         keep_outputs: so many outputs of the last steps stay alive, detached, as where metrics are computed from them.
+            The present step's output is alive through its backward pass in any case, as in ``output = model(x)``; a
+            loop that holds none may fit more.
         extra_state: further objects that a step changes and a probe must put back (a sampler, a metric, ...).
         mode: what to find the largest batch of: ``"train"``, ``"eval"`` or ``"both"``.
         name: for people; the model's class name if not given.
