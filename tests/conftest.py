@@ -12,6 +12,7 @@ import itertools
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,15 @@ from autobatch.virtual.attach import present_state
 CARD = "a100-40gb"
 _GPU_FOLDER = Path(__file__).parent / "gpu"
 _GPU_MARKS, _OTHER_MARKS = ("gpu", "gpu_values"), ("slow", "distributed")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _temporary_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What programs leave where temporary files are kept (torchrun leaves a folder) goes with pytest's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("tmp")))
+        patch.setattr(tempfile, "tempdir", None)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="module")
