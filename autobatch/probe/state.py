@@ -206,6 +206,8 @@ class _Fingerprint:
 
 def _told_state(item: Any) -> Any:
     """The state of ``item`` in plainer objects; None if it has none to tell."""
+    if isinstance(item, type):  # a model may hold the class of its layers, or torch.Tensor
+        return None
     if isinstance(item, set):
         return sorted(map(repr, item))
     if isinstance(item, torch.Generator):
@@ -218,7 +220,7 @@ def _told_state(item: Any) -> Any:
         return item.tolist()
     if _is_open(item):
         return vars(item)
-    return item.state_dict() if hasattr(item, "state_dict") and not isinstance(item, type) else None
+    return item.state_dict() if hasattr(item, "state_dict") else None
 
 
 def _is_open(item: Any) -> bool:

@@ -59,6 +59,7 @@ def test_a_process_whose_threads_were_used_is_forked_and_left_as_it_was() -> Non
     before, limit = fingerprint(*workload.stateful), resource.getrlimit(resource.RLIMIT_DATA)
     result = answer(workload)
     assert (result.batch_size, result.environment["trials_in"]) == (16, "forks of this process")
+    assert any(note.startswith("More may fit in a process that is started with MALLOC_") for note in result.notes)
     assert fingerprint(*workload.stateful) == before
     assert len(gradients) == 4
     kept = zip(gradients, workload.model.parameters(), strict=True)

@@ -211,7 +211,7 @@ def test_stepping_down_loses_little(limit: int, lost: float) -> None:
 
 @given(limit=st.integers(1, 100_000), lost=st.floats(0, 0.99))
 def test_however_far_down_it_is_few_confirmations_lead_there(limit: int, lost: float) -> None:
-    """On host memory under 12 MiB an evaluation fitted at 37 and kept fitting at 20: it took 17, one size at a time."""
+    """On host memory under 12 MiB an evaluation fitted at 37 and kept fitting at 20: it took 16, one size at a time."""
     solid = max(1, round(limit * (1 - lost)))
     confirm = Confirm(lambda n: n <= solid)
     answer = search(up_to(limit), confirm, multiple_of=1)
