@@ -8,10 +8,9 @@ else
   RUN := $(VENV)/bin/python
 endif
 PYTEST := $(RUN) -m pytest -q
-# Tests in parallel, a file at a time; a real GPU is for one of them alone. In the order of their names: the limits of
-# host memory are tried first (tests/conformance), in processes whose heaps have no holes yet.
+# Tests in parallel, a file at a time; a real GPU is for one of them alone.
 WORKERS ?= 2
-PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+PARALLEL := -n $(WORKERS) --dist loadfile
 # All that carries the mark: what it does not need may be missing on a lent machine. And those of it that make virtual
 # GPUs for processes of their own, and leave a real one alone.
 GPU_TESTS := tests/gpu tests/conformance tests/unit/test_device_cuda.py tests/unit/test_device_local.py

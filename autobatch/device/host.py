@@ -48,17 +48,22 @@ class _Baseline(NamedTuple):
 
     data_bytes: int
     resident_bytes: int
+    """Private data too, but only what is in memory."""
 
 
 class HostDevice:
     """The memory of this machine, counted as what the workload may add to an idle process with its imports done.
 
-    That idle process is this one, less its free heap and its live tensors, taken at the first question about memory.
-    A limit of b bytes lets private data, touched or not, grow b bytes above it. A model that exists already counts.
+    That idle process is this one, less its free heap and its live tensors, as it was when :meth:`held_bytes` was last
+    asked, or else at the first question. A limit of b bytes lets private data, touched or not, grow b bytes above it. A
+    model that exists already counts.
 
-    Peaks are those of resident memory (allocated) and of private data, touched or not (reserved), above the idle
-    process's. Only the second count what the limit does. The kernel keeps no mark of it, but one of the address space
-    (``VmPeak``), of which it is all that comes and goes with tensors.
+    A heap with a past has holes. They are private data and no memory, so they are no one's: the limit goes up by them,
+    since a tensor that fits into none has to find its room beside them, and what fits into one is noticed by the peak.
+
+    Peaks are those of private data that is resident (allocated) and of private data, touched or not (reserved), above
+    the idle process's. Only the second count what the limit does. The kernel keeps no mark of it, but one of the
+    address space (``VmPeak``), of which it is all that comes and goes with tensors.
 
     Args:
         memory_limit_bytes: what the workload may add; None for :data:`SHARE_OF_AVAILABLE` of what is available.
@@ -70,7 +75,7 @@ class HostDevice:
 
     def __init__(self, *, memory_limit_bytes: int | None = None, shares: int = 1) -> None:
         self._memory_limit_bytes, self._shares = memory_limit_bytes, shares
-        self._old_peak_bytes = self._old_space_bytes = 0
+        self._old_peak_bytes = self._old_space_bytes = self._holes_bytes = 0
 
     def shared_by(self, processes: int) -> HostDevice:
         """This memory for one of so many processes, each with an equal part unless a limit says what it may have."""
@@ -105,15 +110,18 @@ class HostDevice:
         soft_bytes = _soft_limit_bytes()
         if soft_bytes is None:
             return budget_bytes
-        return max(0, min(budget_bytes, soft_bytes - self._baseline.data_bytes))
+        return max(0, min(budget_bytes, soft_bytes - self._baseline.data_bytes - process.free_heap_bytes()))
 
     def held_bytes(self) -> int:
-        """Bytes of the CPU tensors that Python can reach."""
+        """Bytes of the CPU tensors that Python can reach. Memory counts from what the process has beside them now."""
+        self._baseline = _Baseline(*process.idle_bytes())
         return process.tensor_bytes()
 
     @contextmanager
     def restrict(self, limit_bytes: int | None) -> Iterator[bool]:
         """Lowers the soft limit of the whole process, as in :meth:`autobatch.device.base.Device.restrict`.
+
+        Gives False where the heap has holes, which may hold something on top of the limit.
 
         Raises:
             DeviceError: where the platform has no such limit, or does not keep it.
@@ -123,16 +131,19 @@ class HostDevice:
             yield True
             return
         resource = _resource_module()
-        data_bytes = self._baseline.data_bytes + min(limits)
+        baseline, outer_holes_bytes = self._baseline, self._holes_bytes
+        self.release()
+        self._holes_bytes = process.holes_bytes(min(limits))
+        data_bytes = baseline.data_bytes + self._holes_bytes + min(limits)
         soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
         if soft != resource.RLIM_INFINITY:  # the user's own
             data_bytes = min(data_bytes, soft)
-        self.release()
         resource.setrlimit(resource.RLIMIT_DATA, (data_bytes, hard))
         try:
             _check_limit(data_bytes)
-            yield True
+            yield not self._holes_bytes
         finally:
+            self._holes_bytes = outer_holes_bytes
             resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
     def synchronize(self) -> None:
@@ -142,13 +153,13 @@ class HostDevice:
         process.trim_heap()
 
     def reset_peaks(self) -> None:
-        self._old_peak_bytes = self._baseline.resident_bytes
+        self._old_peak_bytes = 0
         self._old_space_bytes = process.status_bytes().get("VmPeak", 0)  # never reset: only one above it will be known
         try:
             Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM to what is resident now
         except OSError:
             # The mark stays where it is, so that only a peak above it will be known.
-            self._old_peak_bytes = process.status_bytes().get("VmHWM", 0)
+            self._old_peak_bytes = process.peak_resident_bytes()
 
     def retries(self) -> None:
         """Unknown: malloc does not count."""
@@ -159,13 +170,16 @@ class HostDevice:
     def measure(self) -> Measurement:
         memory = psutil.virtual_memory()
         status = process.status_bytes()
-        resident_bytes, space_bytes = status.get("VmHWM", 0), status.get("VmPeak", 0)
-        # What is mapped and is no private data (libraries, the room that malloc's arenas keep) stays.
+        resident_bytes, space_bytes = process.peak_resident_bytes(), status.get("VmPeak", 0)
+        # What is mapped and is no private data (libraries, the room that malloc's arenas keep) mostly stays.
         other_bytes = status.get("VmSize", 0) - status.get("VmData", 0)
-        data_bytes = space_bytes - other_bytes - self._baseline.data_bytes
+        data_bytes = min(space_bytes - other_bytes, _soft_limit_bytes() or sys.maxsize)
+        data_bytes -= self._baseline.data_bytes + self._holes_bytes
         return Measurement(
             peak_allocated_bytes=(
-                resident_bytes - self._baseline.resident_bytes if resident_bytes > self._old_peak_bytes else None
+                max(0, resident_bytes - self._baseline.resident_bytes)
+                if resident_bytes > self._old_peak_bytes
+                else None
             ),
             peak_reserved_bytes=data_bytes if space_bytes > self._old_space_bytes else None,
             device_used_bytes=memory.total - memory.available,

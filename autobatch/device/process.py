@@ -20,7 +20,10 @@ def status_bytes() -> dict[str, int]:
 
 
 def tensor_bytes() -> int:
-    """Bytes of the CPU storages behind the tensors that Python can reach, each storage once."""
+    """Bytes of the CPU storages behind the tensors that Python can reach, each storage once.
+
+    Not of those that ``gc.freeze()`` has hidden.
+    """
     torch = sys.modules.get("torch")
     if torch is None:
         return 0
@@ -39,6 +42,7 @@ def tensor_bytes() -> int:
 
 
 _M_ARENA_MAX = -8  # malloc.h
+_ALWAYS_FREE = 0.01  # of a limit: any heap has some room for what is small, whatever lived in it before
 
 
 class _MallInfo2(ctypes.Structure):
@@ -51,13 +55,22 @@ class _MallInfo2(ctypes.Structure):
 
 
 def free_heap_bytes() -> int:
-    """Bytes of the heap that malloc would hand out without asking the system; 0 where the C library does not tell."""
+    """Bytes of the heap that malloc would hand out without asking the system; 0 where the C library does not tell.
+
+    They are private data, and cost no memory once :func:`trim_heap` has run.
+    """
     try:
         mallinfo2 = ctypes.CDLL(None).mallinfo2  # glibc 2.33
     except (AttributeError, OSError, TypeError):  # another C library; TypeError: Windows has no name for "this program"
         return 0
     mallinfo2.restype = _MallInfo2
     return int(mallinfo2().fordblks)
+
+
+def holes_bytes(limit_bytes: int) -> int:
+    """What is free in the heap, if it is enough to matter beside a limit on private data; else 0."""
+    free_bytes = free_heap_bytes()
+    return free_bytes if free_bytes > _ALWAYS_FREE * limit_bytes else 0
 
 
 def trim_heap() -> None:
@@ -73,14 +86,24 @@ def share_heap() -> None:
 
 
 def idle_bytes() -> tuple[int, int]:
-    """Private data, and resident memory, of this process less its free heap and its live tensors. In bytes.
+    """Private data, and what of it is resident, of this process less its free heap and its live tensors. In bytes.
 
     What it would have if it were idle, with its imports done: what a limit on the workload is counted from.
     """
     trim_heap()
     status, tensors = status_bytes(), tensor_bytes()
     data_bytes = status.get("VmData", 0) - free_heap_bytes() - tensors
-    return max(0, data_bytes), max(0, status.get("VmRSS", 0) - tensors)
+    return max(0, data_bytes), max(0, _private(status, "VmRSS") - tensors)
+
+
+def peak_resident_bytes() -> int:
+    """The most private data that was resident at once, since the kernel's mark was last reset."""
+    return _private(status_bytes(), "VmHWM")
+
+
+def _private(status: dict[str, int], resident: str) -> int:
+    """The field of resident memory less the pages of files and of shared memory that are in it now."""
+    return status.get(resident, 0) - status.get("RssFile", 0) - status.get("RssShmem", 0)
 
 
 def container_available_bytes(root: Path = Path("/sys/fs/cgroup")) -> int | None:

@@ -134,9 +134,9 @@ def measure() -> dict[str, Any]:
                 "device_used_bytes": total_bytes - free_bytes,
                 "fraction": cuda.get_per_process_memory_fraction(index),
             }
-    resident_bytes = trial.load("device/process").status_bytes().get("VmHWM")
-    known = resident_bytes is not None and state.idle_resident_bytes is not None
-    return {"device": "cpu", "peak_allocated_bytes": resident_bytes - state.idle_resident_bytes if known else None}
+    resident_bytes, idle_bytes = trial.load("device/process").peak_resident_bytes(), state.idle_resident_bytes
+    known = resident_bytes > 0 and idle_bytes is not None  # zero: a system that keeps no such mark
+    return {"device": "cpu", "peak_allocated_bytes": max(0, resident_bytes - idle_bytes) if known else None}
 
 
 def _limit_host() -> None:
@@ -154,7 +154,8 @@ def _limit_host() -> None:
     process = trial.load("device/process")
     data_bytes, state.idle_resident_bytes = process.idle_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    wanted = data_bytes + state.request["limit_bytes"]
+    limit_bytes = state.request["limit_bytes"]
+    wanted = data_bytes + process.holes_bytes(limit_bytes) + limit_bytes
     resource.setrlimit(resource.RLIMIT_DATA, (wanted if soft == resource.RLIM_INFINITY else min(wanted, soft), hard))
     state.soft_limit_bytes = soft
     try:

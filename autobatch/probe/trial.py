@@ -16,6 +16,7 @@ from autobatch.probe.collectives import RefusingCollectives
 from autobatch.probe.data import Batches
 from autobatch.probe.workload import Workload
 from autobatch.result import Measurement, Outcome, Trial
+from autobatch.units import format_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,8 +154,8 @@ def judge(
         )
     if tier is not None:
         outcome = Outcome.LIMIT if tier is Tier.LIMIT else Outcome.OOM
-    elif compare_peaks and _is_over(measured):
-        outcome, message = Outcome.OVER_HEADROOM, "it ran, and left less free than the headroom asked for"
+    elif compare_peaks and measured is not None and (over := _over(measured)):
+        outcome, message = Outcome.OVER_HEADROOM, f"it ran, and took {over}"
     elif _thrashes(progress.retries):
         outcome, message = Outcome.THRASHED, f"it ran, and the allocator had to free and retry {retries} times"
     return Trial(
@@ -181,7 +182,12 @@ def _thrashes(retries: Sequence[int | None]) -> bool:
     return len(known) >= 3 and known[-3] < known[-2] < known[-1]
 
 
-def _is_over(measured: Measurement | None) -> bool:
-    if measured is None or measured.peak_reserved_bytes is None or measured.capacity_bytes is None:
-        return False
-    return measured.peak_reserved_bytes > measured.capacity_bytes
+def _over(measured: Measurement) -> str:
+    """By how much the peak is above what the workload can have, in words; empty if it is not."""
+    # The larger, since what a host's workload finds in the holes of a heap is resident and was reserved before.
+    peaks_bytes = (measured.peak_allocated_bytes, measured.peak_reserved_bytes)
+    peak_bytes = max((peak for peak in peaks_bytes if peak is not None), default=0)
+    capacity_bytes = measured.capacity_bytes
+    if capacity_bytes is None or peak_bytes <= capacity_bytes:
+        return ""
+    return f"{format_bytes(peak_bytes)} where it can have {format_bytes(capacity_bytes)}"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autobatch.device.base import Device
 from autobatch.testing import FakeDevice
-from autobatch.units import GIB
+from autobatch.units import GIB, KIB
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class Place:
     """The same device for a workload that may have so many bytes; None for one that knows no such thing."""
     hold: Callable[[int], object] | None = None
     """A context in which so many bytes are held; None where nothing can be."""
+    past: object = None
+    """What is alive all the while."""
 
 
 def fake() -> Place:
@@ -58,6 +60,14 @@ def host() -> Place:
         limited=lambda size_bytes: HostDevice(memory_limit_bytes=size_bytes),
         hold=lambda size_bytes: _holding(size_bytes, "cpu"),
     )
+
+
+def host_with_holes() -> Place:
+    """As in a process that has worked for a while: 200 MiB of its heap are free, and no piece is larger than 1 MiB."""
+    import torch
+
+    pieces = [torch.ones(16 * KIB, dtype=torch.uint8) for _ in range(12800)]  # below malloc's mapping threshold
+    return replace(host(), past=pieces[::64])
 
 
 def cuda() -> Place:

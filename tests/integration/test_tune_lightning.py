@@ -33,7 +33,6 @@ import autobatch  # noqa: E402
 from autobatch.errors import DoesNotFitError, InvalidArgumentError, UnsupportedTrainerError  # noqa: E402
 from autobatch.integrations.lightning import AutoBatch  # noqa: E402
 from autobatch.probe.state import fingerprint  # noqa: E402
-from tests.gpu.machines import in_new_process  # noqa: E402
 from tests.integration.tune_lightning import (  # noqa: E402
     Module,
     Rows,
@@ -364,8 +363,7 @@ def test_loaders_that_are_made_anew_each_epoch_follow_an_attribute() -> None:
     assert (trainer.train_dataloader.batch_size, trainer.global_step) == (8, 2 * 128 // 16)
 
 
-def share_an_attribute() -> None:
-    """Meant for a process of its own: free memory in the holes of a heap counts as had, and is of no use to tensors."""
+def test_training_and_evaluation_that_share_an_attribute_take_what_fits_both() -> None:
     module, trainer = Making(), trainer_of()
     module.batch_size = 4
     result = autobatch.tune(trainer, module, effective_batch_size=64, memory_limit="70MiB", multiple_of="pow2", start=8)
@@ -378,12 +376,6 @@ def share_an_attribute() -> None:
     ]
     trainer.fit(module)
     assert trainer.global_step == 128 // 64
-    print("done")
-
-
-def test_training_and_evaluation_that_share_an_attribute_take_what_fits_both() -> None:
-    code = "from tests.integration.test_tune_lightning import share_an_attribute; share_an_attribute()"
-    assert in_new_process(code).splitlines()[-1] == "done"
 
 
 @pytest.mark.parametrize("how", ["tune", "reload"])
