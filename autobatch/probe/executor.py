@@ -90,9 +90,10 @@ class LocalExecutor:
 
     def setting(self) -> Setting:
         # Nothing is released here: in a fresh process, training begins with the cache that building left behind.
+        held_bytes = self._device.held_bytes()  # now, with the copy to restore from made and nothing frozen
         return Setting(
             budget_bytes=self._device.budget_bytes(),
-            held_bytes=self._device.held_bytes(),
+            held_bytes=held_bytes,
             mode=self._workload.mode,
             name=self._workload.name,
             data=self._workload.data(),
@@ -103,10 +104,10 @@ class LocalExecutor:
         return signature_of(self._workload, batch_size)
 
     def run(self, request: TrialRequest) -> Attempt:
-        self._spare()
+        self.spare()
         return self._agree(request, lambda: run_trial(self._workload, self._device, request))
 
-    def _spare(self) -> None:
+    def spare(self) -> None:
         """What was there before the first trial is no garbage: the collection after each is spared looking at it, which
         takes half a second where large libraries are loaded.
         """
@@ -130,10 +131,14 @@ class LocalExecutor:
         """Lets go of what a step left alive, and gives the caches back."""
         clean_up(self._workload, self._device)
 
-    def close(self) -> None:
+    def spare_no_more(self) -> None:
+        """Undoes :meth:`spare`."""
         if self._spares:
             gc.unfreeze()
             self._spares = False
+
+    def close(self) -> None:
+        self.spare_no_more()
         self.clear()
 
 

@@ -36,6 +36,7 @@ class Forks:
     def __init__(self, live: LocalExecutor) -> None:
         self._live, self._setting = live, live.setting()
         self._pid = 0
+        live.spare()
 
     def start_worker(self) -> tuple[int, Connection]:
         """A new worker: its pid and the connection to it."""
@@ -49,7 +50,8 @@ class Forks:
         return _end_session(self._pid)
 
     def close(self) -> None:
-        """Nothing is left: each worker was reaped, and what it started ended with it."""
+        """No worker is left: each was reaped, and what it started ended with it."""
+        self._live.spare_no_more()
 
     def _be_worker(self, parents: socket.socket, talk: Connection) -> NoReturn:
         parents.close()  # or the end of the prober would not be seen here

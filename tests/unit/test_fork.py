@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import os
 import resource
 import signal
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 
 from autobatch import BatchSizeResult, InvalidArgumentError, VirtualGPU, Workload, find
-from autobatch.device.host import HostDevice
+from autobatch.device.host import CHILD_ENVIRONMENT, HostDevice
 from autobatch.probe import fork
 from autobatch.probe.state import fingerprint
 from autobatch.testing import FakeDevice
@@ -115,6 +116,36 @@ def test_what_a_trial_starts_ends_with_it(tmp_path: Path) -> None:
     while any(map(psutil.pid_exists, started)) and time.monotonic() < deadline_s:
         time.sleep(0.05)
     assert not [pid for pid in started if psutil.pid_exists(pid)]
+
+
+def test_what_was_there_before_is_frozen_once_and_not_in_every_fork() -> None:
+    seen = list[int]()
+    gc.unfreeze()
+    try:
+        answer(live(), on_trial=lambda trial: seen.append(gc.get_freeze_count()))
+        assert min(seen) > 1000
+        assert gc.get_freeze_count() == 0
+    finally:
+        gc.freeze()
+
+
+HELD = """
+import torch
+from autobatch import Workload, find
+
+model = torch.nn.Linear(8, 50 << 17)  # 200 MiB of weights, 25 of biases
+workload = Workload(model, None, lambda output, target: output.sum(), lambda n: (torch.zeros(n, 8), torch.zeros(n)))
+for isolate in (True, False):
+    trial = find(workload, device="cpu", memory_limit="1GiB", isolate=isolate, max_batch_size=1).trials[0]
+    print(trial.measurement.peak_allocated_bytes >> 20)
+"""
+
+
+def test_a_model_that_is_there_counts_and_the_copy_to_put_it_back_does_not() -> None:
+    environment = {**os.environ, **CHILD_ENVIRONMENT}
+    done = subprocess.run([sys.executable, "-c", HELD], env=environment, check=True, capture_output=True, text=True)
+    for peak_mib in map(int, done.stdout.split()):
+        assert peak_mib == pytest.approx(2 * 225 + 25, abs=15)  # its gradients and an output's
 
 
 def test_a_text_that_waits_to_be_written_is_written_once() -> None:
