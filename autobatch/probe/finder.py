@@ -18,7 +18,15 @@ from autobatch.probe.command import Command
 from autobatch.probe.command_executor import CommandExecutor
 from autobatch.probe.executor import Executor, LocalExecutor, Setting
 from autobatch.probe.guess import WITHIN_S, short_of, twin_of, virtual_guess
-from autobatch.probe.inquiry import FRESH_AT_THE_EDGE, SHUFFLES, SHUFFLES_AT_THE_EDGE, Inquiry, capacity, least
+from autobatch.probe.inquiry import (
+    FRESH_AT_THE_EDGE,
+    PROCESSES_DIFFER,
+    SHUFFLES,
+    SHUFFLES_AT_THE_EDGE,
+    Inquiry,
+    capacity,
+    least,
+)
 from autobatch.probe.isolation import ForkExecutor
 from autobatch.probe.neighbours import locked, shared
 from autobatch.probe.places import executor_of
@@ -109,7 +117,8 @@ def find(
         multiple_of: the sizes allowed: ``"auto"`` gives up at most 1.6 % for a round number, ``"pow2"`` allows powers
             of two, a number its multiples; 1 means every size.
         growth: factor from one size to the next until measured memory allows a larger jump.
-        headroom: fraction of the device withheld from the trials and left to training.
+        headroom: fraction of the device withheld from the trials and left to training; on the host never less than
+            half a per cent, by which processes that do the same differ.
         memory_limit: bytes (``"10GiB"``) that the workload may have at most; on the host, what it may add to an idle
             process. Each rank has its own; without one, ranks of one machine share its memory equally.
         steps: training steps of a trial, at least 2: the first alone creates the optimizer's state.
@@ -206,14 +215,15 @@ def _found(
 def _inquiry(question: _Question, place: Device, executor: Executor, own: Setting, agreed: Agreement) -> Inquiry:
     """The question at this place: each rank's trials may have what it has itself, and all know what the least is."""
     limit_bytes, headroom = question.limit_bytes, question.headroom
-    capacity_bytes = capacity(own, limit_bytes, headroom)
+    anew = place.isolation().anew
+    capacity_bytes = capacity(own, limit_bytes, max(headroom, PROCESSES_DIFFER) if anew else headroom)
     return Inquiry(
         executor=executor,
         setting=agreed.setting(own, least(own.budget_bytes, limit_bytes)),
         first_size=question.first_size,
         steps=question.steps,
         shuffles=SHUFFLES if headroom else SHUFFLES_AT_THE_EDGE,
-        fresh=max(agreed.exchange("fresh starts", _fresh_starts(place, headroom))),
+        fresh=max(agreed.exchange("fresh starts", FRESH_AT_THE_EDGE if anew and not headroom else 1)),
         capacity_bytes=capacity_bytes,
         least_capacity_bytes=least(*agreed.exchange("the capacity", capacity_bytes)),
         is_restricted=headroom > 0 or limit_bytes is not None or not place.ends_by_itself,
@@ -237,10 +247,6 @@ def _answer_of(inquiry: Inquiry, options: dict[str, Any]) -> int:
     limit_s = options["time_limit_s"]
     within_s = WITHIN_S if limit_s is None else min(WITHIN_S, limit_s)
     return next(iter(inquiry.search(options | {"time_limit_s": within_s}, first_guess=None).values())).batch_size
-
-
-def _fresh_starts(device: Device, headroom: float) -> int:
-    return FRESH_AT_THE_EDGE if device.isolation().anew and not headroom else 1
 
 
 def _notes_of_ranks(question: _Question, device: Device, agreed: Agreement, together: Agreement) -> list[str]:

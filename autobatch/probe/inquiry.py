@@ -26,9 +26,10 @@ SHUFFLES, SHUFFLES_AT_THE_EDGE = 8, 20
 an order that was not tried."""
 
 
-FRESH_AT_THE_EDGE = 3
-"""Fresh processes that an answer must survive without headroom where no two are alike, as on host memory: what malloc
-keeps differs from one to the next by a sample or two, and no margin covers that."""
+FRESH_AT_THE_EDGE, PROCESSES_DIFFER = 3, 0.005
+"""Fresh processes that an answer must survive without headroom, and the part of memory that is withheld all the same,
+where no two processes are alike, as on host memory: what malloc keeps differs by a sample or two from one to the next,
+and by more between those of a search, which are forks of one, and others."""
 
 
 @dataclass(kw_only=True)
