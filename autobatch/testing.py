@@ -66,6 +66,9 @@ class FakeDevice:
     def budget_bytes(self) -> int:
         return self._limit_bytes
 
+    def begin(self) -> None:
+        """Nothing to note: steps are counted by themselves."""
+
     def held_bytes(self) -> int:
         return 0
 

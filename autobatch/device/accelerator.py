@@ -89,6 +89,9 @@ class AcceleratorDevice:
             bounds += [reserved_bytes + free_bytes, round(self._fraction() * total_bytes)]
         return min((b for b in bounds if b is not None), default=None)
 
+    def begin(self) -> None:
+        """Nothing to note: torch counts tensors by themselves."""
+
     def held_bytes(self) -> int | None:
         held_bytes = self._stat("allocated_bytes.all.current")
         return held_bytes if held_bytes is not None else _ask(self._backend, "current_allocated_memory")

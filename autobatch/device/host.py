@@ -54,9 +54,9 @@ class _Baseline(NamedTuple):
 class HostDevice:
     """The memory of this machine, counted as what the workload may add to an idle process with its imports done.
 
-    That idle process is this one, less its free heap and its live tensors, as it was when :meth:`held_bytes` was last
-    asked, or else at the first question. A limit of b bytes lets private data, touched or not, grow b bytes above it. A
-    model that exists already counts.
+    That idle process is this one, less its free heap and its live tensors, as it was at :meth:`begin`, or else at the
+    first question. A limit of b bytes lets private data, touched or not, grow b bytes above it. A model that exists
+    already counts.
 
     A heap with a past has holes. They are private data and no memory, so they are no one's: the limit goes up by them,
     since a tensor that fits into none has to find its room beside them, and what fits into one is noticed by the peak.
@@ -112,9 +112,12 @@ class HostDevice:
             return budget_bytes
         return max(0, min(budget_bytes, soft_bytes - self._baseline.data_bytes - process.free_heap_bytes()))
 
-    def held_bytes(self) -> int:
-        """Bytes of the CPU tensors that Python can reach. Memory counts from what the process has beside them now."""
+    def begin(self) -> None:
+        importlib.import_module("torch")  # the workload's imports are not the workload
         self._baseline = _Baseline(*process.idle_bytes())
+
+    def held_bytes(self) -> int:
+        """Bytes of the CPU tensors that Python can reach."""
         return process.tensor_bytes()
 
     @contextmanager
@@ -131,17 +134,18 @@ class HostDevice:
             yield True
             return
         resource = _resource_module()
-        baseline, outer_holes_bytes = self._baseline, self._holes_bytes
+        idle_bytes, outer_holes_bytes = self._baseline.data_bytes, self._holes_bytes
         self.release()
-        self._holes_bytes = process.holes_bytes(min(limits))
-        data_bytes = baseline.data_bytes + self._holes_bytes + min(limits)
+        holes_bytes = process.holes_bytes(min(limits))
+        data_bytes = idle_bytes + holes_bytes + min(limits)
         soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
         if soft != resource.RLIM_INFINITY:  # the user's own
             data_bytes = min(data_bytes, soft)
         resource.setrlimit(resource.RLIMIT_DATA, (data_bytes, hard))
         try:
+            self._holes_bytes = holes_bytes
             _check_limit(data_bytes)
-            yield not self._holes_bytes
+            yield not holes_bytes
         finally:
             self._holes_bytes = outer_holes_bytes
             resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
@@ -187,8 +191,8 @@ class HostDevice:
 
     @functools.cached_property
     def _baseline(self) -> _Baseline:
-        importlib.import_module("torch")  # the workload's imports are not the workload
-        return _Baseline(*process.idle_bytes())
+        self.begin()
+        return self._baseline
 
     @functools.cached_property
     def _default_budget_bytes(self) -> int:

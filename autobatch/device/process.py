@@ -6,6 +6,8 @@ import contextlib
 import ctypes
 import gc
 import sys
+from bisect import bisect_right
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -20,9 +22,9 @@ def status_bytes() -> dict[str, int]:
 
 
 def tensor_bytes() -> int:
-    """Bytes of the CPU storages behind the tensors that Python can reach, each storage once.
+    """Bytes of private data behind the CPU tensors that Python can reach, each storage once.
 
-    Not of those that ``gc.freeze()`` has hidden.
+    Not of those that ``gc.freeze()`` has hidden, nor of files that are mapped to be shared or only read.
     """
     torch = sys.modules.get("torch")
     if torch is None:
@@ -32,13 +34,30 @@ def tensor_bytes() -> int:
     # which a lazy proxy answers by importing something.
     kinds = {kind for kind in set(map(type, things)) if issubclass(kind, torch.Tensor)}
     sizes: dict[int, int] = {}
+    is_private = _private_data()
     for tensor in (thing for thing in things if type(thing) in kinds):
         # Subclasses that only wrap other tensors have no storage; what they wrap is found by itself.
         with contextlib.suppress(NotImplementedError, RuntimeError):
             storage = tensor.untyped_storage()
-            if storage.device.type == "cpu" and not storage.is_shared():
-                sizes[storage._cdata] = storage.nbytes()
+            if storage.device.type == "cpu" and not storage.is_shared() and is_private(storage.data_ptr()):
+                sizes[storage.data_ptr()] = storage.nbytes()
     return sum(sizes.values())
+
+
+def _private_data() -> Callable[[int], bool]:
+    """Tells whether an address is one of private data; without ``/proc``, that each is."""
+    ends: list[int] = []  # of the mappings in their order, each with where it starts
+    starts: list[int] = []
+    try:
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            addresses, rights, *_ = line.split(None, 2)
+            if rights.startswith("rw") and rights.endswith("p"):
+                start, end = (int(address, 16) for address in addresses.split("-"))
+                starts.append(start)
+                ends.append(end)
+    except OSError:
+        return lambda address: True
+    return lambda address: (at := bisect_right(ends, address)) < len(ends) and starts[at] <= address
 
 
 _M_ARENA_MAX = -8  # malloc.h

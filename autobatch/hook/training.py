@@ -155,14 +155,17 @@ def _limit_host() -> None:
     data_bytes, state.idle_resident_bytes = process.idle_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     limit_bytes = state.request["limit_bytes"]
-    wanted = data_bytes + process.holes_bytes(limit_bytes) + limit_bytes
-    resource.setrlimit(resource.RLIMIT_DATA, (wanted if soft == resource.RLIM_INFINITY else min(wanted, soft), hard))
-    state.soft_limit_bytes = soft
+    holes_bytes = process.holes_bytes(limit_bytes)
     try:
         with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
             file.write("5")  # proc(5): resets VmHWM to what is resident now
     except OSError:
-        state.idle_resident_bytes = None  # the peak of the imports cannot be told from one of the training
+        # The peak of the imports cannot be told from one of the training, nor what finds its place in the holes.
+        state.idle_resident_bytes, holes_bytes = None, 0
+    trial.record["compare_peaks"] = holes_bytes > 0
+    wanted = data_bytes + holes_bytes + limit_bytes
+    resource.setrlimit(resource.RLIMIT_DATA, (wanted if soft == resource.RLIM_INFINITY else min(wanted, soft), hard))
+    state.soft_limit_bytes = soft
 
 
 def lift_limit() -> None:

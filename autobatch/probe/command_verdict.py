@@ -123,7 +123,7 @@ def _judged(request: TrialRequest, record: Record, tier: Tier | None) -> Trial:
         device_used_bytes=record.get("device_used_bytes"),
         capacity_bytes=request.limit_bytes,
     )
-    trial = judge(request, progress, measured, tier, compare_peaks=False)
+    trial = judge(request, progress, measured, tier, compare_peaks=record.get("compare_peaks", False))
     if len(progress.step_times_s) < 2 and trial.measurement is not None:
         # The first step is counted from the start of the process.
         trial = replace(trial, measurement=replace(trial.measurement, step_time_s=None))

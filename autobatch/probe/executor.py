@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -90,10 +91,9 @@ class LocalExecutor:
 
     def setting(self) -> Setting:
         # Nothing is released here: in a fresh process, training begins with the cache that building left behind.
-        held_bytes = self._device.held_bytes()  # now, with the copy to restore from made and nothing frozen
         return Setting(
             budget_bytes=self._device.budget_bytes(),
-            held_bytes=held_bytes,
+            held_bytes=self._device.held_bytes(),
             mode=self._workload.mode,
             name=self._workload.name,
             data=self._workload.data(),
@@ -137,9 +137,26 @@ class LocalExecutor:
             gc.unfreeze()
             self._spares = False
 
+    def begin_in_fork(self) -> None:
+        """As the trials of the process begin of which this one is a fork: without gradients of the caller's. What the
+        fork has of its own, such as its thread's stack, is no part of the workload."""
+        self.clear()
+        with seeing_all():
+            self._device.begin()
+
     def close(self) -> None:
         self.spare_no_more()
         self.clear()
+
+
+@contextmanager
+def seeing_all() -> Iterator[None]:
+    """Inside, what ``gc.freeze()`` hides is seen; afterwards all there is is hidden. Meant for a process of ours."""
+    gc.unfreeze()
+    try:
+        yield
+    finally:
+        gc.freeze()
 
 
 def describe(device: Device) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class Forks:
 
     def _be_worker(self, parents: socket.socket, talk: Connection) -> NoReturn:
         parents.close()  # or the end of the prober would not be seen here
-        self._live.clear()  # as the trials of this process begin: gradients of the caller's are no part of them
+        self._live.begin_in_fork()
         talk.send(self._setting)
         run_and_end(talk, lambda: answer_all(talk, self._live))
 

@@ -204,12 +204,13 @@ def run_and_end(talk: Connection, work: Callable[[], NoReturn]) -> NoReturn:
 def _work(talk: Connection, builder: Callable[..., Any], job: Job) -> NoReturn:
     from autobatch.device.local import resolve_local
     from autobatch.probe.building import build
-    from autobatch.probe.executor import LocalExecutor
+    from autobatch.probe.executor import LocalExecutor, seeing_all
 
     if job.meets:
         os.environ.update(talk.recv())
     device = resolve_local(job.device, memory_limit_bytes=job.memory_limit_bytes)
-    device.reset_peaks()  # host memory counts from here: with the imports done, and nothing built
+    with seeing_all():  # a model that the module has made counts
+        device.begin()
     executor = LocalExecutor(build(builder, device.torch_device), device)
     talk.send(executor.setting())
     answer_all(talk, executor)

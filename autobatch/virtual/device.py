@@ -135,6 +135,9 @@ class VirtualGPU:
     def budget_bytes(self) -> int | None:
         return self._here().budget_bytes()
 
+    def begin(self) -> None:
+        self._here().begin()
+
     def held_bytes(self) -> int | None:
         return self._here().held_bytes()
 

@@ -57,6 +57,21 @@ def raise_key_error():
     train()
 
 
+def in_holes():
+    """Each sample in pieces that malloc keeps on its heap, which is mostly free, and cannot shrink."""
+    pieces = [torch.ones(16 * 1024, dtype=torch.uint8) for _ in range(12800)]
+    kept = pieces[::64]
+    del pieces
+    model = nn.Linear(1, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    for _ in range(10):
+        loss = model(torch.ones(1, 1))
+        kept += [torch.ones(16 * 1024, dtype=torch.uint8) for _ in range(64 * batch_size)]
+        loss.backward()
+        optimizer.step()
+        del kept[200:]
+
+
 def leave_a_child():
     subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
     print("child started", flush=True)
@@ -89,6 +104,7 @@ HOWS = {
     "leave_a_child": leave_a_child,
     "spawn": spawn,
     "gan": gan,
+    "in_holes": in_holes,
     "kill": lambda: os.kill(os.getpid(), 9),
 }
 

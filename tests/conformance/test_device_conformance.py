@@ -89,7 +89,8 @@ def test_reserved_peaks_hold_what_is_used_within_the_budget(place: places.Place)
 
 def test_restriction_is_real_and_ends(place: places.Place) -> None:
     before = place.limit()
-    with place.device.restrict(LARGE):
+    with place.device.restrict(LARGE) as restricted:
+        assert restricted or place.device.info().kind == "cpu"  # a heap with holes lets more through, and says so
         assert place.limit() != before
         place.use(LARGE - SMALL)
         run_out(place, LARGE + SMALL)

@@ -52,7 +52,9 @@ def test_two_ranks_take_the_numbers_of_the_one_with_less_memory_and_train_on(sai
         micro = found["plan"]["micro_batch_size"]
         assert 8 <= micro <= found["fits"] < 64  # the other rank alone could take more
         assert found["where"] == "forks of this process"
-        assert {outcome for _, outcome in found["trials"]} == {"fits", "oom"}
+        outcomes = {outcome for _, outcome in found["trials"]}
+        # What a rank's heap has free holds some of what is too much.
+        assert {"fits"} < outcomes <= {"fits", "oom", "over_headroom"}
         assert (found["batch"], found["accumulate"]) == (micro, 64 // micro)
         # 256 samples, of which each rank has 128; an optimizer step takes 64 of each.
         assert found["batches"] == 128 // micro

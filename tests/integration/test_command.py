@@ -77,6 +77,10 @@ class TestEndings:
         assert trial.outcome is Outcome.OOM
         assert "DefaultCPUAllocator: can't allocate memory" in trial.message
 
+    @pytest.mark.parametrize(("mebibytes", "outcome"), [(220, Outcome.FITS), (300, Outcome.OVER_HEADROOM)])
+    def test_what_finds_its_place_in_the_holes_of_a_heap_counts(self, log, mebibytes, outcome):
+        assert attempt([*ODD, "in_holes", "{batch_size}"], log, mebibytes).trial.outcome is outcome
+
     @pytest.mark.slow
     def test_fewer_steps_than_asked_are_a_fit(self, log):
         with closing(CommandExecutor(Command([*ODD, "two_steps", "{batch_size}"], log=log), HostDevice())) as executor:

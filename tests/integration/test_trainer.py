@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from autobatch.device.host import CHILD_ENVIRONMENT
+
 SCRIPT = Path(__file__).parent / "train_to_the_end.py"
 ROOT = SCRIPT.parent.parent.parent
 
@@ -97,7 +99,7 @@ print(json.dumps({
 
 
 def test_the_probe_comes_first_and_its_answer_is_used() -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, **CHILD_ENVIRONMENT, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", LIMITED], env=environment, capture_output=True, text=True, timeout=240, check=False
     )

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import mmap
+import os
 import resource
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -65,6 +68,25 @@ assert seen == ["FITS", "OOM", "FITS", "OVER_HEADROOM"], seen
 def test_a_heap_with_holes_is_no_burden_to_large_tensors_and_no_gift_to_small_ones() -> None:
     done = subprocess.run([sys.executable, "-c", HOLES], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_mapped_file_is_no_private_data_and_an_array_counts_once(tmp_path: Path) -> None:
+    path = tmp_path / "rows"
+    path.touch()
+    os.truncate(path, 64 * MIB)
+    before = process.tensor_bytes()
+    read = torch.from_numpy(np.memmap(path, dtype=np.int8, mode="c"))  # private, to be written to
+    assert process.tensor_bytes() == before + 64 * MIB
+    del read
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that it cannot be written to
+        read = torch.from_numpy(np.memmap(path, dtype=np.int8, mode="r"))
+    shared = torch.from_numpy(np.memmap(path, dtype=np.int8, mode="r+"))
+    assert process.tensor_bytes() == before
+    array = np.ones(8 * MIB, dtype=np.int8)
+    twice = [torch.from_numpy(array), torch.from_numpy(array)]
+    assert process.tensor_bytes() == before + 8 * MIB
+    del read, shared, twice
 
 
 def test_only_the_soft_limit_is_touched() -> None:
