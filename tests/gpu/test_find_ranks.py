@@ -112,6 +112,7 @@ def test_each_rank_has_its_own_size_and_trains_on(tmp_path: Path) -> None:
     assert large / small == pytest.approx(24 / 16, rel=0.1)
 
 
+@pytest.mark.slow
 def test_sharded_models_agree_in_child_processes(tmp_path: Path) -> None:
     first, second = ranks(tmp_path, SHARDED)
     assert first[1:3] == second[1:3]

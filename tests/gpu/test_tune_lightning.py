@@ -205,7 +205,7 @@ def fail_amid_its_parts(precision: str) -> None:
     print("done")
 
 
-@pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
+@pytest.mark.parametrize("precision", [pytest.param("32-true", marks=pytest.mark.slow), "16-mixed"])
 def test_a_step_that_fails_amid_its_parts_leaves_nothing(precision: str) -> None:
     code = f"from tests.gpu.test_tune_lightning import fail_amid_its_parts; fail_amid_its_parts({precision!r})"
     assert in_new_process(code).splitlines()[-1] == "done"

@@ -43,8 +43,7 @@ if limited:
     train([0])  # what torch keeps is there, and the limit counts from here
     accumulator.micro_batch_size = 8192
     device = HostDevice()
-    device.release()
-    device.reset_peaks()
+    device.begin()
     with device.restrict(80 * MIB):
         train([1, 2])
 else:
