@@ -193,8 +193,9 @@ class CommandExecutor:
 
     def _host_setting(self) -> Setting:
         budget_bytes = self._isolation.memory_limit_bytes
-        with self._device.restrict(budget_bytes):  # says so where a limit is not kept
-            environment = describe(self._device)
+        with self._device.restrict(budget_bytes):  # says so where a limit is not kept; this process may hold more
+            pass
+        environment = describe(self._device)
         return Setting(budget_bytes=budget_bytes, held_bytes=None, mode="train", name="", environment=environment)
 
     def _note(self, attempt: Attempt, ending: Ending) -> None:
