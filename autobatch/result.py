@@ -26,7 +26,7 @@ class Outcome(enum.Enum):
     """What became of one batch size. Only ``FITS`` is a size to train at."""
 
     FITS = "fits"
-    OVER_HEADROOM = "over_headroom"  # it ran, but left less free than was asked for
+    OVER_HEADROOM = "over_headroom"  # it ran, but took more than it may have
     THRASHED = "thrashed"  # it ran, but the allocator had to free and retry in every step
     OOM = "oom"
     LIMIT = "limit"  # a kernel's size limit, not memory: caps the search
@@ -43,7 +43,7 @@ class Measurement:
     device_used_bytes: int | None = None
     """What the whole device had in use after the steps, other processes included."""
     capacity_bytes: int | None = None
-    """What this trial was allowed: the device's budget less the headroom."""
+    """What this trial was allowed: the device's budget less the headroom (of host memory at least half a per cent)."""
     alloc_retries: int | None = None
     """Times the allocator had to give cached memory back and try again, in the judged steps."""
     step_time_s: float | None = None

@@ -96,7 +96,7 @@ def _picture(ctx: click.Context, param: click.Parameter, value: str | None) -> P
     default=0.05,
     show_default=True,
     metavar="FRACTION",
-    help="Share of the device that is withheld from the trials and left to training.",
+    help="Share of the device that is withheld from the trials and left to training; of host memory at least 0.005.",
 )
 @click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), help="bf16 and fp16 are autocast.")
 @click.option("--optimizer", type=click.Choice(OPTIMIZERS), help="Of a built-in model; else adamw.")

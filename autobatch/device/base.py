@@ -93,7 +93,8 @@ class Device(Protocol):
         """Bytes this process's workload can have at most, in all: what it holds plus what is free to it."""
 
     def begin(self) -> None:
-        """What this process has now, but for live tensors, is no part of the workload. Called before one is built."""
+        """What this process has now, but for live tensors, is no part of the workload. Called before trials begin, and
+        before a workload that is built for them."""
 
     def held_bytes(self) -> int | None:
         """Bytes of live tensors of this process now; None where the device cannot tell."""

@@ -76,6 +76,7 @@ class HostDevice:
     def __init__(self, *, memory_limit_bytes: int | None = None, shares: int = 1) -> None:
         self._memory_limit_bytes, self._shares = memory_limit_bytes, shares
         self._old_peak_bytes = self._old_space_bytes = self._holes_bytes = 0
+        self._marks_peaks = True
 
     def shared_by(self, processes: int) -> HostDevice:
         """This memory for one of so many processes, each with an equal part unless a limit says what it may have."""
@@ -136,7 +137,7 @@ class HostDevice:
         resource = _resource_module()
         idle_bytes, outer_holes_bytes = self._baseline.data_bytes, self._holes_bytes
         self.release()
-        holes_bytes = process.holes_bytes(min(limits))
+        holes_bytes = process.holes_bytes(min(limits)) if self._marks_peaks else 0
         data_bytes = idle_bytes + holes_bytes + min(limits)
         soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
         if soft != resource.RLIM_INFINITY:  # the user's own
@@ -163,7 +164,7 @@ class HostDevice:
             Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM to what is resident now
         except OSError:
             # The mark stays where it is, so that only a peak above it will be known.
-            self._old_peak_bytes = process.peak_resident_bytes()
+            self._old_peak_bytes, self._marks_peaks = process.peak_resident_bytes(), False
 
     def retries(self) -> None:
         """Unknown: malloc does not count."""
@@ -185,7 +186,7 @@ class HostDevice:
                 if resident_bytes > self._old_peak_bytes
                 else None
             ),
-            peak_reserved_bytes=data_bytes if space_bytes > self._old_space_bytes else None,
+            peak_reserved_bytes=max(0, data_bytes) if space_bytes > self._old_space_bytes else None,
             device_used_bytes=memory.total - memory.available,
         )
 

@@ -22,7 +22,7 @@ def status_bytes() -> dict[str, int]:
 
 
 def tensor_bytes() -> int:
-    """Bytes of private data behind the CPU tensors that Python can reach, each storage once.
+    """Bytes of private data behind the CPU tensors that Python can reach, each byte once.
 
     Not of those that ``gc.freeze()`` has hidden, nor of files that are mapped to be shared or only read.
     """
@@ -33,15 +33,19 @@ def tensor_bytes() -> int:
     # By type, each judged once: there are many objects and few types, and isinstance would ask the object itself,
     # which a lazy proxy answers by importing something.
     kinds = {kind for kind in set(map(type, things)) if issubclass(kind, torch.Tensor)}
-    sizes: dict[int, int] = {}
+    places = set[tuple[int, int]]()
     is_private = _private_data()
     for tensor in (thing for thing in things if type(thing) in kinds):
         # Subclasses that only wrap other tensors have no storage; what they wrap is found by itself.
         with contextlib.suppress(NotImplementedError, RuntimeError):
             storage = tensor.untyped_storage()
             if storage.device.type == "cpu" and not storage.is_shared() and is_private(storage.data_ptr()):
-                sizes[storage.data_ptr()] = storage.nbytes()
-    return sum(sizes.values())
+                places.add((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
+    size_bytes = counted_to = 0
+    for start, end in sorted(places):  # arrays may share what is behind several tensors, in part too
+        size_bytes += max(0, end - max(start, counted_to))
+        counted_to = max(counted_to, end)
+    return size_bytes
 
 
 def _private_data() -> Callable[[int], bool]:

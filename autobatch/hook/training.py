@@ -33,6 +33,8 @@ class _Training:
         """The last out-of-memory error since a step ended. One that a step follows was caught."""
         self.limits: list[Any] = []
         self.idle_resident_bytes: int | None = None
+        self.has_holes = False
+        """Whether the limit lets through what finds its place in the heap's holes, so that peaks are compared too."""
         self.soft_limit_bytes: int | None = None
 
 
@@ -61,6 +63,7 @@ def attach_anew(torch: Any, request: dict[str, Any]) -> None:
         _training.limits = parent.limits
         _training.soft_limit_bytes = parent.soft_limit_bytes
         _training.idle_resident_bytes = parent.idle_resident_bytes
+        _training.has_holes = parent.has_holes
 
 
 def _stepped(optimizer: Any, args: Any, kwargs: Any) -> None:
@@ -136,7 +139,11 @@ def measure() -> dict[str, Any]:
             }
     resident_bytes, idle_bytes = trial.load("device/process").peak_resident_bytes(), state.idle_resident_bytes
     known = resident_bytes > 0 and idle_bytes is not None  # zero: a system that keeps no such mark
-    return {"device": "cpu", "peak_allocated_bytes": max(0, resident_bytes - idle_bytes) if known else None}
+    return {
+        "device": "cpu",
+        "peak_allocated_bytes": max(0, resident_bytes - idle_bytes) if known else None,
+        "compare_peaks": state.has_holes,
+    }
 
 
 def _limit_host() -> None:
@@ -162,7 +169,7 @@ def _limit_host() -> None:
     except OSError:
         # The peak of the imports cannot be told from one of the training, nor what finds its place in the holes.
         state.idle_resident_bytes, holes_bytes = None, 0
-    trial.record["compare_peaks"] = holes_bytes > 0
+    state.has_holes = holes_bytes > 0
     wanted = data_bytes + holes_bytes + limit_bytes
     resource.setrlimit(resource.RLIMIT_DATA, (wanted if soft == resource.RLIM_INFINITY else min(wanted, soft), hard))
     state.soft_limit_bytes = soft

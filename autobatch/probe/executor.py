@@ -113,8 +113,8 @@ class LocalExecutor:
         """
         if not self._spares and not gc.get_freeze_count():  # else somebody has done so who may rely on it
             gc.collect()
-            gc.freeze()
             self._spares = True
+            gc.freeze()
 
     def confirm(self, requests: tuple[TrialRequest, ...]) -> list[Attempt]:
         # The state before the probe and an emptied cache: that is how this process goes on to train.

@@ -90,10 +90,12 @@ class _WorkerExecutor:
         return attempts
 
     def close(self) -> None:
-        self._retire()
-        if self._source is not None:
-            self._source.close()
-            self._source = None
+        try:
+            self._retire()
+        finally:  # a second Ctrl-C may come while a large worker ends
+            if self._source is not None:
+                self._source.close()
+                self._source = None
 
     def _run(self, request: TrialRequest) -> Attempt:
         """The trial; a worker lost for no reason of memory is replaced and the size asked once more."""

@@ -72,7 +72,7 @@ def _live_executor(
     with preserved(
         source.stateful if isinstance(source, Workload) and not forks else (), device.torch_device
     ) as restore:
-        device.begin()  # the copy is there, and counts for nothing
+        device.begin()  # copies of tensors are there, and count for nothing; gradients that are kept do count
         workload = source if isinstance(source, Workload) else build(source, device.torch_device)
         if together.ranks.are_several:
             check_local(workload, stays=not forks)

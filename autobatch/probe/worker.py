@@ -212,7 +212,9 @@ def _work(talk: Connection, builder: Callable[..., Any], job: Job) -> NoReturn:
     with seeing_all():  # a model that the module has made counts
         device.begin()
     executor = LocalExecutor(build(builder, device.torch_device), device)
-    talk.send(executor.setting())
+    with seeing_all():
+        setting = executor.setting()
+    talk.send(setting)
     answer_all(talk, executor)
 
 

@@ -21,7 +21,7 @@ _STYLES = {
 }
 _WORDS = {
     Outcome.FITS: "fits",
-    Outcome.OVER_HEADROOM: "over the headroom",
+    Outcome.OVER_HEADROOM: "took more than it may",
     Outcome.THRASHED: "thrashes",
     Outcome.OOM: "out of memory",
     Outcome.LIMIT: "kernel limit",

@@ -197,6 +197,7 @@ class Trainer:
             if not self.model.training:
                 self.model.train()  # as from_pretrained leaves a model, dropout would do nothing
             self._accumulator.watch()
+            self._memory.begin()
             self._memory.reset_peaks()
             try:
                 loop.run(headline(result, sizes, loop.position, epochs, found), is_resumed=loaded is not None)

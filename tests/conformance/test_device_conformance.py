@@ -26,6 +26,7 @@ SMALL, LARGE = 64 * MIB, 512 * MIB
 )
 def place(request: pytest.FixtureRequest) -> places.Place:
     place: places.Place = getattr(places, request.param)()
+    place.device.begin()
     place.device.release()
     place.device.reset_peaks()
     return place

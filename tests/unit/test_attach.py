@@ -242,6 +242,7 @@ def test_the_measuring_half_needs_the_card_in_this_process():
     gpu = VirtualGPU("t4")
     for ask in (
         gpu.budget_bytes,
+        gpu.begin,
         gpu.held_bytes,
         gpu.synchronize,
         gpu.release,

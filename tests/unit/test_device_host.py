@@ -84,7 +84,7 @@ def test_a_mapped_file_is_no_private_data_and_an_array_counts_once(tmp_path: Pat
     shared = torch.from_numpy(np.memmap(path, dtype=np.int8, mode="r+"))
     assert process.tensor_bytes() == before
     array = np.ones(8 * MIB, dtype=np.int8)
-    twice = [torch.from_numpy(array), torch.from_numpy(array)]
+    twice = [torch.from_numpy(array), torch.from_numpy(array[MIB:]), torch.from_numpy(array[:MIB])]
     assert process.tensor_bytes() == before + 8 * MIB
     del read, shared, twice
 

@@ -118,7 +118,7 @@ def test_what_a_trial_starts_ends_with_it(tmp_path: Path) -> None:
     assert not [pid for pid in started if psutil.pid_exists(pid)]
 
 
-def test_what_was_there_before_is_frozen_once_and_not_in_every_fork() -> None:
+def test_what_was_there_before_is_frozen_here_and_seen_again_afterwards() -> None:
     seen = list[int]()
     gc.unfreeze()
     try:
