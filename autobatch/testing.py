@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from autobatch.device.base import DeviceInfo, Isolation
 from autobatch.result import Measurement
@@ -66,7 +67,7 @@ class FakeDevice:
     def budget_bytes(self) -> int:
         return self._limit_bytes
 
-    def begin(self) -> None:
+    def begin(self, found: Any = None) -> None:
         """Nothing to note: steps are counted by themselves."""
 
     def held_bytes(self) -> int:

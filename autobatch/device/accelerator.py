@@ -89,7 +89,7 @@ class AcceleratorDevice:
             bounds += [reserved_bytes + free_bytes, round(self._fraction() * total_bytes)]
         return min((b for b in bounds if b is not None), default=None)
 
-    def begin(self) -> None:
+    def begin(self, found: Any = None) -> None:
         """Nothing to note: torch counts tensors by themselves."""
 
     def held_bytes(self) -> int | None:

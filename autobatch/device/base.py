@@ -92,9 +92,10 @@ class Device(Protocol):
     def budget_bytes(self) -> int | None:
         """Bytes this process's workload can have at most, in all: what it holds plus what is free to it."""
 
-    def begin(self) -> None:
+    def begin(self, found: Any = None) -> Any:
         """What this process has now, but for live tensors, is no part of the workload. Called before trials begin, and
-        before a workload that is built for them."""
+        before a workload that is built for them. Gives what it found, which forks of one process are told instead of
+        looking each for itself."""
 
     def held_bytes(self) -> int | None:
         """Bytes of live tensors of this process now; None where the device cannot tell."""

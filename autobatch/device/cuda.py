@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -82,7 +83,7 @@ class CudaDevice:
         available_bytes = torch.cuda.memory_reserved(self._index) + free_bytes
         return min(available_bytes, self._allowed_bytes(total_bytes))
 
-    def begin(self) -> None:
+    def begin(self, found: Any = None) -> None:
         """Nothing to note: torch counts tensors by themselves."""
 
     def held_bytes(self) -> int:

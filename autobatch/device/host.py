@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -113,9 +113,10 @@ class HostDevice:
             return budget_bytes
         return max(0, min(budget_bytes, soft_bytes - self._baseline.data_bytes - process.free_heap_bytes()))
 
-    def begin(self) -> None:
+    def begin(self, found: Any = None) -> Any:
         importlib.import_module("torch")  # the workload's imports are not the workload
-        self._baseline = _Baseline(*process.idle_bytes())
+        self._baseline = _Baseline(*(found or process.idle_bytes()))
+        return self._baseline
 
     def held_bytes(self) -> int:
         """Bytes of the CPU tensors that Python can reach."""

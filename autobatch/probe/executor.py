@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import platform
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -137,12 +137,13 @@ class LocalExecutor:
             gc.unfreeze()
             self._spares = False
 
-    def begin_in_fork(self) -> None:
+    def begin_in_fork(self, found: Any) -> Any:
         """As the trials of the process begin of which this one is a fork: without gradients of the caller's. What the
-        fork has of its own, such as its thread's stack, is no part of the workload."""
+        fork has of its own, such as its thread's stack, is no part of the workload. ``found`` is what the first fork
+        was given here, None to that one."""
         self.clear()
-        with seeing_all():
-            self._device.begin()
+        with seeing_all() if found is None else nullcontext():
+            return self._device.begin(found)
 
     def close(self) -> None:
         self.spare_no_more()

@@ -8,7 +8,9 @@ threads as its parent uses. Nothing says that this holds for every library that 
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
+import pickle
 import signal
 import socket
 import sys
@@ -36,6 +38,7 @@ class Forks:
     def __init__(self, live: LocalExecutor) -> None:
         self._live, self._setting = live, live.setting()
         self._pid = 0
+        self._found = mmap.mmap(-1, mmap.PAGESIZE)  # by the first fork, for those that follow
         live.spare()
 
     def start_worker(self) -> tuple[int, Connection]:
@@ -52,10 +55,13 @@ class Forks:
     def close(self) -> None:
         """No worker is left: each was reaped, and what it started ended with it."""
         self._live.spare_no_more()
+        self._found.close()
 
     def _be_worker(self, parents: socket.socket, talk: Connection) -> NoReturn:
         parents.close()  # or the end of the prober would not be seen here
-        self._live.begin_in_fork()
+        found = pickle.loads(self._found) if self._found[0] else None
+        began = pickle.dumps(self._live.begin_in_fork(found))
+        self._found[: len(began)] = began
         talk.send(self._setting)
         run_and_end(talk, lambda: answer_all(talk, self._live))
 

@@ -8,7 +8,7 @@ import warnings
 import weakref
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from autobatch.device.base import DeviceInfo, GpuProcess, Isolation
 from autobatch.errors import AutobatchWarning, DeviceError, InvalidArgumentError
@@ -135,8 +135,8 @@ class VirtualGPU:
     def budget_bytes(self) -> int | None:
         return self._here().budget_bytes()
 
-    def begin(self) -> None:
-        self._here().begin()
+    def begin(self, found: Any = None) -> Any:
+        return self._here().begin(found)
 
     def held_bytes(self) -> int | None:
         return self._here().held_bytes()
