@@ -212,9 +212,7 @@ def _work(talk: Connection, builder: Callable[..., Any], job: Job) -> NoReturn:
     with seeing_all():  # a model that the module has made counts
         device.begin()
     executor = LocalExecutor(build(builder, device.torch_device), device)
-    with seeing_all():
-        setting = executor.setting()
-    talk.send(setting)
+    talk.send(executor.setting())  # with nothing frozen: what building left for the collector is to be collected
     answer_all(talk, executor)
 
 

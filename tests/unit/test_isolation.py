@@ -56,6 +56,12 @@ def test_a_worker_lives_across_fits_and_is_replaced_after_a_failure() -> None:
         assert child.run(request(20)).trial.fits
 
 
+def test_what_building_left_for_the_collector_is_gone_after_the_first_trial() -> None:
+    with executor(small.leaves_garbage) as child:
+        assert child.run(request(1)).trial.fits
+        assert child.run(request(2)).trial.fits
+
+
 def test_on_the_host_every_trial_has_a_worker_of_its_own() -> None:
     assert HostDevice().isolation().anew
     with executor(small.build, anew=True) as child:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
 import sys
 import time
+import weakref
 
 import torch
 from torch import nn
@@ -29,6 +31,23 @@ class Eater(nn.Module):
 def build() -> Workload:
     model = Eater()
     return Workload(model, torch.optim.SGD(model.parameters(), lr=0.0), sample=lambda n: torch.zeros(n, MIB // 4))
+
+
+def leaves_garbage() -> Workload:
+    """A cycle that only a collection ends; its end is waited for in the second batch that is made."""
+    gc.disable()
+    model, made = Eater(), list[int]()
+    model.itself = [model]
+    left = weakref.ref(model)
+    del model
+
+    def sample(n: int) -> torch.Tensor:
+        made.append(n)
+        if len(made) > 2 and left() is not None:
+            raise KeyError("what building left is still there")
+        return torch.zeros(n, MIB // 4)
+
+    return Workload(Eater(), sample=sample)
 
 
 def build_on(device: str) -> Workload:
