@@ -41,13 +41,14 @@ fix: $(READY)
 	$(RUN) -m ruff check --fix .
 
 gpu: $(READY)  ## on a machine with a GPU: what looks at computed values runs too, and fails without one
-	@failed=0; trap 'kill $$twins 2>/dev/null' INT TERM EXIT; \
+	@failed=0; begun=$$(date +%s); took() { echo "-- $$1: done after $$(($$(date +%s) - begun)) s"; }; \
+	trap 'kill $$twins 2>/dev/null' EXIT; trap 'exit 130' INT TERM; \
 	$(PYTEST) -n auto -m "gpu and not slow" $(TWIN_TESTS) & twins=$$!; \
 	AUTOBATCH_REQUIRE_GPU=1 $(PYTEST) -m "(gpu or gpu_values) and not slow" $(GPU_TESTS) $(TWIN_TESTS:%=--ignore=%) \
 		|| failed=1; \
-	wait $$twins || failed=1; \
+	wait $$twins || failed=1; took tests; \
 	for part in twins outside "largest --quick" "gpu --quick" throughput; do \
-		$(RUN) -m benchmarks.$$part || failed=1; \
+		$(RUN) -m benchmarks.$$part || failed=1; took "$$part"; \
 	done; \
 	exit $$failed
 
