@@ -1,4 +1,4 @@
-"""Ranks of a gloo job, each a process of its own that runs functions by their names."""
+"""Ranks of a gloo job, each a process of its own (a fork of one that has imported torch) that runs functions by name."""
 
 from __future__ import annotations
 
@@ -6,19 +6,26 @@ import contextlib
 import datetime
 import importlib
 import json
+import multiprocessing
 import os
-import select
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 WITHIN_S = 120.0
 COLLECTIVE_WITHIN_S = 60.0
+
+
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["torch._dynamo", "tests.distributed.scenarios", "tests.distributed.probes"])
+"""Imported once for all ranks of a session; none of it starts a thread."""
 
 
 class Job:
@@ -26,17 +33,10 @@ class Job:
 
     def __init__(self, size: int) -> None:
         self._folder = tempfile.TemporaryDirectory()
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        self._ranks = [
-            subprocess.Popen(
-                [sys.executable, "-m", "tests.distributed.launch", str(rank), str(size), f"{self._folder.name}/store"],
-                cwd=ROOT,
-                env=environment,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-            )
-            for rank in range(size)
-        ]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("OMP_NUM_THREADS", "1")
+            forkserver.ensure_running()
+        self._ranks = [_Rank(rank, size, f"{self._folder.name}/store") for rank in range(size)]
 
     def run(
         self, function: Callable[..., Any], *, within_s: float = WITHIN_S, **arguments: Any
@@ -44,13 +44,11 @@ class Job:
         """What ``function(rank, **arguments)`` gave on each rank: ``result``, or ``error`` and ``message``, or
         ``code`` of one that died. Fails if a rank is not done within ``within_s``.
         """
-        asked = json.dumps([f"{function.__module__}:{function.__qualname__}", arguments]) + "\n"
+        asked = json.dumps([f"{function.__module__}:{function.__qualname__}", arguments])
         for rank in self._ranks:
-            assert rank.stdin is not None
-            rank.stdin.write(asked.encode())
-            rank.stdin.flush()
+            rank.talk.send(asked)
         until_s = time.monotonic() + within_s
-        return [_answer(rank, until_s) for rank in self._ranks]
+        return [rank.answer(until_s) for rank in self._ranks]
 
     def results(self, function: Callable[..., Any], **arguments: Any) -> list[Any]:
         """As :meth:`run`, where every rank must have a result."""
@@ -60,31 +58,34 @@ class Job:
 
     def close(self) -> None:
         for rank in self._ranks:
-            with contextlib.suppress(ProcessLookupError):
-                rank.kill()
-            rank.wait()
-            for stream in (rank.stdin, rank.stdout):
-                if stream is not None:
-                    with contextlib.suppress(BrokenPipeError):
-                        stream.close()
+            rank.close()
         self._folder.cleanup()
 
 
-def _answer(rank: subprocess.Popen[bytes], until_s: float) -> dict[str, Any]:
-    assert rank.stdout is not None
-    data = b""
-    while not data.endswith(b"\n"):
-        ready, _, _ = select.select([rank.stdout], [], [], max(0.0, until_s - time.monotonic()))
-        assert ready, "a rank hangs"
-        part = os.read(rank.stdout.fileno(), 1 << 16)
-        if not part:
-            return {"code": rank.wait()}
-        data += part
-    found: dict[str, Any] = json.loads(data.splitlines()[-1])
-    return found
+class _Rank:
+    def __init__(self, rank: int, size: int, store: str) -> None:
+        self.talk, theirs = _FORKS.Pipe()
+        with theirs:
+            self.process = _FORKS.Process(target=_serve, args=(theirs, rank, size, store))
+            self.process.start()
+
+    def answer(self, until_s: float) -> dict[str, Any]:
+        assert self.talk.poll(max(0.0, until_s - time.monotonic())), "a rank hangs"
+        try:
+            found: dict[str, Any] = json.loads(self.talk.recv())
+        except (EOFError, ConnectionError):
+            self.process.join()
+            return {"code": self.process.exitcode}
+        return found
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.process.close()
+        self.talk.close()
 
 
-def _serve(rank: int, size: int, store: str) -> None:
+def _serve(talk: Connection, rank: int, size: int, store: str) -> None:
     from torch import distributed
 
     distributed.init_process_group(
@@ -94,18 +95,14 @@ def _serve(rank: int, size: int, store: str) -> None:
         world_size=size,
         timeout=datetime.timedelta(seconds=COLLECTIVE_WITHIN_S),
     )
-    for line in sys.stdin:
-        name, arguments = json.loads(line)
-        module, _, function = name.partition(":")
-        try:
-            said = {"result": getattr(importlib.import_module(module), function)(rank, **arguments)}
-        except Exception as exc:  # noqa: BLE001 - the test looks at it
-            said = {"error": type(exc).__name__, "message": str(exc)}
-        sys.stdout.write(json.dumps(said) + "\n")
-        sys.stdout.flush()
+    with contextlib.suppress(EOFError):
+        while True:
+            name, arguments = json.loads(talk.recv())
+            module, _, function = name.partition(":")
+            try:
+                said = {"result": getattr(importlib.import_module(module), function)(rank, **arguments)}
+            except Exception as exc:  # noqa: BLE001 - the test looks at it
+                said = {"error": type(exc).__name__, "message": str(exc)}
+            talk.send(json.dumps(said))
     # The group is not destroyed: that would wait for ranks that are gone.
     os._exit(0)
-
-
-if __name__ == "__main__":
-    _serve(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
