@@ -6,21 +6,28 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.distributed.launch import Job
+from tests.distributed.launch import Job, end_server
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server() -> Iterator[None]:
+    """Later tests of this process look for children that should not be there."""
+    yield
+    end_server()
 
 
 @pytest.fixture(scope="module")
-def one() -> Iterator[Job]:
+def one(server: None) -> Iterator[Job]:
     yield from ranks(1)
 
 
 @pytest.fixture(scope="module")
-def two() -> Iterator[Job]:
+def two(server: None) -> Iterator[Job]:
     yield from ranks(2)
 
 
 @pytest.fixture(scope="module")
-def four() -> Iterator[Job]:
+def four(server: None) -> Iterator[Job]:
     yield from ranks(4)
 
 

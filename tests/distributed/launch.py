@@ -11,7 +11,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,13 @@ COLLECTIVE_WITHIN_S = 60.0
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["torch._dynamo", "tests.distributed.scenarios", "tests.distributed.probes"])
-"""Imported once for all ranks of a session; none of it starts a thread."""
+"""Imported once for all ranks of a test module; none of it starts a thread."""
+
+
+def end_server() -> None:
+    """Ends the process that ranks are forks of, and its helper. The next rank starts others."""
+    forkserver._forkserver._stop()
+    resource_tracker._resource_tracker._stop()
 
 
 class Job:
