@@ -11,8 +11,8 @@ PYTEST := $(RUN) -m pytest -q
 # Tests in parallel, a file at a time; a real GPU is for one of them alone.
 WORKERS ?= 2
 PARALLEL := -n $(WORKERS) --dist loadfile
-# All that carries the mark: what it does not need may be missing on a lent machine. And those of it that make virtual
-# GPUs for processes of their own, and leave a real one alone.
+# All that carries the mark (a test looks): importing the others takes a while, and what they need may be missing on a
+# lent machine. And those of it that make virtual GPUs for processes of their own, and leave a real one alone.
 GPU_TESTS := tests/gpu tests/conformance tests/unit/test_device_cuda.py tests/unit/test_device_local.py
 TWIN_TESTS := $(wildcard tests/gpu/test_virtual_*.py tests/gpu/test_driver_[!t]*.py tests/gpu/test_*_ranks.py)
 # Threads that wait for one another leave the cores to the other worker instead of spinning.
@@ -30,11 +30,11 @@ check: $(READY)  ## format, lint, types
 
 test: $(READY)  ## all tests but the slow ones
 	$(PYTEST) $(PARALLEL) -m "not gpu and not gpu_values and not slow"
-	$(PYTEST) $(PARALLEL) -m "gpu and not slow"
+	$(PYTEST) $(PARALLEL) -m "gpu and not slow" $(GPU_TESTS)
 
 slow: $(READY)
 	$(PYTEST) -m "slow and not gpu and not gpu_values"
-	$(PYTEST) -m "slow and gpu"
+	$(PYTEST) -m "slow and gpu" $(GPU_TESTS)
 
 fix: $(READY)
 	$(RUN) -m ruff format .

@@ -1,4 +1,4 @@
-"""Ranks of a gloo job, each a process of its own (a fork of one that has imported torch) that runs functions by name."""
+"""Ranks of a gloo job: forks of a process that has imported torch, which run functions by their names."""
 
 from __future__ import annotations
 

@@ -138,7 +138,7 @@ def test_without_a_limit_the_line_says_that_memory_is_shared(target: str, starte
     ("arguments", "code", "said"),
     [
         pytest.param(("huge", *LIMITED), 1, "Error: batch 1 does not fit on host memory", marks=pytest.mark.slow),
-        (("no_such_function", *LIMITED), 2, "Error: TARGET"),
+        pytest.param(("no_such_function", *LIMITED), 2, "Error: TARGET", marks=pytest.mark.slow),
         (("wrapped", "--device", "cuda"), 3, "Error: no device 'cuda:0' here"),
     ],
 )

@@ -139,7 +139,7 @@ def test_a_sharded_model_of_which_one_rank_runs_out_amid_collectives(two: Job) -
 @pytest.mark.parametrize(
     ("odd", "error", "said"),
     [
-        ("error", "KeyError", "column 7"),
+        pytest.param("error", "KeyError", "column 7", marks=pytest.mark.slow),
         ("killed", "WorkloadFailedError", "the child process was killed by SIGKILL"),
     ],
 )

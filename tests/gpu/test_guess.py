@@ -54,6 +54,7 @@ def test_the_search_begins_at_the_answer_of_a_virtual_gpu(real: None) -> None:
     assert result.batch_size == answered(isolate=True, first_guess=result.batch_size).batch_size
 
 
+@pytest.mark.slow
 def test_a_guess_of_the_caller_s_own_is_not_asked_for_again(real: None) -> None:
     assert not [note for note in answered(isolate=True, first_guess=64).notes if "began" in note]
 

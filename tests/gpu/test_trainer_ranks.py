@@ -50,6 +50,7 @@ def test_both_train_with_the_size_that_fits_the_smaller(tmp_path: Path) -> None:
     assert first == second == [[512, 512], [-(-256 // small)] * 2, 0]
 
 
+@pytest.mark.slow
 def test_each_trains_with_its_own_size_in_as_many_micro_batches(tmp_path: Path) -> None:
     (_, large, *first), (_, small, *second) = ranks(tmp_path, FIT, "per_rank")
     assert large / small == pytest.approx(24 / 16, rel=0.15)

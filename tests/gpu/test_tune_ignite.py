@@ -48,6 +48,7 @@ def on_device(batch: Any, device: Any, non_blocking: bool) -> Any:
     return images.to(device).float(), targets.to(device)
 
 
+@pytest.mark.slow
 def test_resnet50_with_its_own_step_trains_at_what_was_found_and_not_at_more() -> None:
     """Found when the run starts, which is in this process: the engine's own scaler is put back too."""
     with torch.device("cuda"):

@@ -163,7 +163,11 @@ class TestCodes:
         assert probe(f"{script}:dying", "--gpu", "t4").exit_code == 4
 
     @pytest.mark.parametrize(
-        ("number", "code", "said"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+        ("number", "code", "said"),
+        [
+            (signal.SIGINT, 130, "interrupted"),
+            pytest.param(signal.SIGTERM, 143, "terminated", marks=pytest.mark.slow),
+        ],
     )
     def test_a_signal_ends_it_and_nothing_is_left(self, script, number, code, said):
         command = [sys.executable, "-m", "autobatch", "probe", f"{script}:build", "--gpu", "t4", "--steps", "1000"]

@@ -29,6 +29,7 @@ def test_the_first_example_prints_what_it_says(tmp_path: Path) -> None:
     assert printed.strip() == promised.strip()
 
 
+@pytest.mark.slow
 def test_the_loop_trains_with_the_size_that_was_found() -> None:
     diff = blocks("diff")[0]
     script = ROOT / "examples" / "loop.py"

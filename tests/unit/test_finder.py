@@ -134,7 +134,7 @@ def live() -> Workload:
     )
 
 
-@pytest.mark.parametrize("frozen_before", [False, True])
+@pytest.mark.parametrize("frozen_before", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_collections_amid_a_search_look_at_what_is_new_alone(frozen_before: bool) -> None:
     device, seen = fake(), list[int]()
 

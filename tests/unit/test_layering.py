@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -187,3 +188,15 @@ def test_what_runs_in_a_command_s_own_interpreter_needs_the_standard_library_alo
     """The hook loads the first two by their files, so that no import of theirs would be found."""
     names = imported(PACKAGE / f"{module}.py", at_import_only=True)
     assert {name.split(".")[0] for name in names} <= {*sys.stdlib_module_names, "__future__"}
+
+
+def test_make_looks_for_tests_with_a_gpu_where_they_are() -> None:
+    """Elsewhere neither `make test` nor `make gpu` would run them."""
+    root = Path(__file__).parents[2]
+    named = re.search(r"^GPU_TESTS := (.*)$", (root / "Makefile").read_text(), re.MULTILINE)
+    assert named
+    searched = [root / path for path in named[1].split()]
+    for path in (root / "tests").rglob("*.py"):
+        marks = {ast.unparse(node) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+        if marks & {"pytest.mark.gpu", "pytest.mark.gpu_values"}:
+            assert any(path.is_relative_to(place) for place in searched), path
