@@ -86,7 +86,7 @@ class LocalExecutor:
         agree: Agree = alone,
     ) -> None:
         self._workload, self._device, self._restore, self._agree = workload, device, restore, agree
-        self._spares = False
+        self._is_spared = self._froze = False
         workload.begin()
 
     def setting(self) -> Setting:
@@ -111,9 +111,12 @@ class LocalExecutor:
         """What was there before the first trial is no garbage: the collection after each is spared looking at it, which
         takes half a second where large libraries are loaded.
         """
-        if not self._spares and not gc.get_freeze_count():  # else somebody has done so who may rely on it
+        if self._is_spared:
+            return
+        self._is_spared = True
+        if not gc.get_freeze_count():  # else somebody has done so who may rely on it; it counts all of it, one by one
             gc.collect()
-            self._spares = True
+            self._froze = True
             gc.freeze()
 
     def confirm(self, requests: tuple[TrialRequest, ...]) -> list[Attempt]:
@@ -133,9 +136,9 @@ class LocalExecutor:
 
     def spare_no_more(self) -> None:
         """Undoes :meth:`spare`."""
-        if self._spares:
+        if self._froze:
             gc.unfreeze()
-            self._spares = False
+        self._is_spared = self._froze = False
 
     def begin_in_fork(self, found: Any) -> Any:
         """As the trials of the process begin of which this one is a fork: without gradients of the caller's. What the
