@@ -137,12 +137,14 @@ def _import(job: Job) -> Callable[..., Any]:
     _importing_main = True
     spawn.prepare(dict(job.preparation))
     _importing_main = False
+    collects = gc.isenabled()  # the main script may have switched it off
     gc.disable()  # an import makes much and drops little: a fifth of its time went into looking for garbage
     importlib.import_module("torch")
     # The first optimizer imports it, for a second or two: better once here than in every worker.
     importlib.import_module("torch._dynamo")
     importlib.import_module("autobatch.probe.executor")
-    gc.enable()
+    if collects:
+        gc.enable()
     builder: Callable[..., Any] = pickle.loads(job.payload)
     if hasattr(builder, "import_modules"):
         builder.import_modules()
