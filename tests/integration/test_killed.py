@@ -96,7 +96,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 @pytest.mark.parametrize(
     "kills",
     [
-        pytest.param(1, id="1"),
+        pytest.param(2, id="2"),
         pytest.param(100, id="100", marks=[pytest.mark.slow, pytest.mark.timeout(3600)]),
     ],
 )
