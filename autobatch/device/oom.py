@@ -28,7 +28,7 @@ class Tier(enum.Enum):
 
 MESSAGES: dict[Tier, tuple[str, ...]] = {
     Tier.FATAL: (
-        "device-side assert",
+        "device-side assert triggered",  # torch ends every message of CUDA with advice on "device-side assertions"
         "illegal memory access",
         "misaligned address",
         "unspecified launch failure",

@@ -15,6 +15,7 @@ LINEAR = "when calling `cublasSgemm( handle, opa, opb, m, n, k, &alpha, a, lda, 
 KERNEL_HELP = (
     "\nCUDA kernel errors might be asynchronously reported at some other API call, so the stacktrace below might be "
     "incorrect.\nFor debugging consider passing CUDA_LAUNCH_BLOCKING=1\n"
+    "Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.\n"
 )
 
 
@@ -34,7 +35,7 @@ DEFINITE = [
     RuntimeError("MPS backend out of memory (MPS allocated: 17.90 GB, other allocations: 384.00 KB)"),
     accelerator_error("CUDA error: out of memory" + KERNEL_HELP, 2),
     accelerator_error("CUDA error: memory allocation failed in words of tomorrow", 2),
-    RuntimeError("CUDA error: out of memory"),
+    RuntimeError("CUDA error: out of memory" + KERNEL_HELP),
     RuntimeError("CUDA driver error: out of memory"),
     RuntimeError("HIP error: hipErrorOutOfMemory"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
@@ -88,6 +89,7 @@ NOT_OOM = [
     RuntimeError(f"CUDA error: CUBLAS_STATUS_EXECUTION_FAILED {LINEAR}"),
     RuntimeError("NCCL error: unhandled cuda error\nLast error:\nCuda failure 999 'unknown error'"),
     accelerator_error("CUDA error: no kernel image is available for execution on the device", 209),
+    accelerator_error("CUDA error: OS call failed or operation not supported on this OS" + KERNEL_HELP, 304),
     RuntimeError("No available memory module named 'cache'"),
     KeyError("CUDA out of memory"),
     ValueError("CUDA out of memory"),
