@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from autobatch.probe.cache import ResultCache, open_cache
 from autobatch.probe.command import Command
 from autobatch.probe.command_executor import CommandExecutor
 from autobatch.probe.executor import Executor, LocalExecutor, Setting
-from autobatch.probe.guess import WITHIN_S, short_of, twin_of, virtual_guess
+from autobatch.probe.guess import WITHIN_S, Twin, short_of, twin_ahead, twin_of, virtual_guess
 from autobatch.probe.inquiry import (
     FRESH_AT_THE_EDGE,
     PROCESSES_DIFFER,
@@ -172,14 +173,24 @@ def find(
         together.begin({"per_rank": per_rank} | ({} if per_rank else question.of_all_ranks))
         place = shared(resolve_device(device, memory_limit_bytes=question.limit_bytes), together)
         agreed = Agreement() if per_rank else together
-        with locked(place, together), executor_of(question.source, place, isolate, agreed, together) as executor:
-            found = _found(question, place, executor, agreed, together)
+        is_guessed = first_guess is None and not together.ranks.are_several
+        with (
+            locked(place, together),
+            twin_ahead(question.source, place) if is_guessed else nullcontext() as ahead,
+            executor_of(question.source, place, isolate, agreed, together) as executor,
+        ):
+            found = _found(question, place, executor, agreed, together, ahead)
         found = replace(found, notes=(*found.notes, *_notes_of_ranks(question, place, agreed, together)))
         return together.finish_each(found) if per_rank else together.finish(found)
 
 
 def _found(
-    question: _Question, place: Device, executor: Executor, agreed: Agreement, together: Agreement
+    question: _Question,
+    place: Device,
+    executor: Executor,
+    agreed: Agreement,
+    together: Agreement,
+    ahead: Twin | None,
 ) -> BatchSizeResult:
     """What the search says, or the cache."""
     source, limit_bytes = question.source, question.limit_bytes
@@ -198,7 +209,7 @@ def _found(
         return replace(known, notes=notes, duration_s=time.monotonic() - question.started_s)
     guess, ceiling = recall.first_guess or question.first_guess, None
     if guess is None:
-        guess, said = agreed.by_narrowest("a first guess", lambda: _guess(question, inquiry))
+        guess, said = agreed.by_narrowest("a first guess", lambda: _guess(question, inquiry, ahead))
         recall.notes += [said] if said else []
         if guess is not None and question.limits["avoid_oom"]:
             guess, ceiling = short_of(guess, own.environment), guess
@@ -232,14 +243,15 @@ def _inquiry(question: _Question, place: Device, executor: Executor, own: Settin
     )
 
 
-def _guess(question: _Question, inquiry: Inquiry) -> tuple[int | None, str]:
+def _guess(question: _Question, inquiry: Inquiry, ahead: Twin | None) -> tuple[int | None, str]:
     """What a virtual GPU of the same size answers; None where there can be none."""
     card = twin_of(inquiry.setting, of_virtual=question.limits["avoid_oom"])
     if card is None:
         return None, ""
     # What fails there harms nobody.
     options = question.rounding | question.limits | {"avoid_oom": False}
-    return virtual_guess(question.source, card, lambda twin: _answer_of(inquiry.elsewhere(twin), options))
+    ahead = ahead if ahead is not None and ahead.stands_for(inquiry.setting) else None
+    return virtual_guess(question.source, card, lambda twin: _answer_of(inquiry.elsewhere(twin), options), ahead)
 
 
 def _answer_of(inquiry: Inquiry, options: dict[str, Any]) -> int:

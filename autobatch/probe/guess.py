@@ -7,16 +7,22 @@ is where the search on the real GPU begins; a wrong one costs trials, never corr
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager, nullcontext
 from typing import Any
 
+import torch
+
+from autobatch.device import nvml
+from autobatch.device.base import Device
 from autobatch.errors import AutobatchError, AutobatchWarning
 from autobatch.probe.command import Command
 from autobatch.probe.command_executor import CommandExecutor
 from autobatch.probe.executor import Executor, Setting
 from autobatch.probe.isolation import ChildExecutor, is_importable
 from autobatch.probe.source import Source, builder_of
+from autobatch.virtual.attach import present_state
+from autobatch.virtual.catalog import cards
 from autobatch.virtual.device import VirtualGPU
 from autobatch.virtual.host import check_host
 
@@ -58,20 +64,79 @@ def twin_of(setting: Setting, *, of_virtual: bool = False) -> str | None:
     return f"memory={setting.budget_bytes}B,capability={known['capability']},outside=0{sms}"
 
 
-def virtual_guess(source: Source, card: str, search: Callable[[Executor], int]) -> tuple[int | None, str]:
+class Twin:
+    """A virtual GPU, and the processes in which a workload can be tried on it.
+
+    Args:
+        card: as ``autobatch run --gpu`` takes it.
+    """
+
+    def __init__(self, source: Source, card: str) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", AutobatchWarning)  # it gives a first guess, no answer
+            self._device = VirtualGPU(card, any_capability=True)  # as long as it is there, so is the card
+        self.executor = _there(source, self._device)
+
+    def stands_for(self, setting: Setting) -> bool:
+        """Whether trials here can say what those in ``setting`` may have: the card has its kernels, and the memory."""
+        known, card = setting.environment, self._device.card
+        kernels = (known["capability"], known["details"].get("multiprocessors"))
+        are_same = kernels == (".".join(map(str, card.capability)), str(card.multiprocessors))
+        return are_same and (setting.budget_bytes or 0) <= card.total_bytes
+
+    def close(self) -> None:
+        """Ends the processes."""
+        if self.executor is not None:
+            self.executor.close()
+
+
+@contextmanager
+def twin_ahead(source: Source, device: Device) -> Iterator[Twin | None]:
+    """The twin of a real GPU, by what its name tells before anybody has touched it: the processes there import while
+    those of the real one do. None where the name does not tell enough, or where there is nothing to import.
+    """
+    twin = None
+    try:
+        if (card := _card_ahead(device)) is not None:
+            twin = Twin(source, card)
+            if isinstance(twin.executor, ChildExecutor):
+                twin.executor.begin()
+    except Exception:  # noqa: BLE001 - a twin that cannot be had ahead is asked for later, and tells why
+        twin = None
+    with closing(twin) if twin is not None else nullcontext():
+        yield twin
+
+
+def _card_ahead(device: Device) -> str | None:
+    place = torch.device(device.torch_device)
+    if place.type != "cuda" or device.isolation().required or present_state() is not None:
+        return None
+    check_host()
+    for gpu in nvml.list_gpus():
+        if gpu.index == place.index and gpu.total_bytes:
+            figures = {(card.capability, card.multiprocessors) for card in cards() if card.title == gpu.name}
+            if len(figures) == 1:
+                ((major, minor), sms) = figures.pop()
+                return f"memory={gpu.total_bytes}B,capability={major}.{minor},outside=0,sms={sms}"
+    return None
+
+
+def virtual_guess(
+    source: Source, card: str, search: Callable[[Executor], int], ahead: Twin | None = None
+) -> tuple[int | None, str]:
     """What ``search`` answers on the virtual ``card``, and a sentence about it. None if it comes to no answer, and no
     sentence if ``source`` cannot be had in another process.
 
     Whatever goes wrong there is no error of the caller's: the real GPU has the last word.
+
+    Args:
+        ahead: a twin that will do as well, and is its owner's to close.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", AutobatchWarning)  # it gives a first guess, no answer
-            device = VirtualGPU(card, any_capability=True)  # as long as it is there, so is the card
-        if (executor := _there(source, device)) is None:
-            return None, ""
-        with closing(executor):
-            guess = search(executor)
+        with nullcontext(ahead) if ahead is not None else closing(Twin(source, card)) as twin:
+            if twin.executor is None:
+                return None, ""
+            guess = search(twin.executor)
     except Exception as exc:  # noqa: BLE001 - a workload may fail in any way where all values are zero
         return None, f"A virtual GPU could not be asked for a first guess ({type(exc).__name__})."
     return guess, f"A virtual GPU of the same size answers {guess}: the search began from there."

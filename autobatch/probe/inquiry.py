@@ -62,7 +62,7 @@ class Inquiry:
     """The batch that training takes, where evaluation comes amid it."""
 
     def elsewhere(self, executor: Executor) -> Inquiry:
-        """The same question to another place, with nothing asked yet and nobody told."""
+        """The same question to another place, with nothing asked yet and nobody told. It may have more memory there."""
         return Inquiry(
             executor=executor,
             setting=executor.setting(),
@@ -72,7 +72,7 @@ class Inquiry:
             fresh=self.fresh,
             capacity_bytes=self.capacity_bytes,
             least_capacity_bytes=self.capacity_bytes,
-            is_restricted=self.is_restricted,
+            is_restricted=True,
             on_trial=None,
         )
 

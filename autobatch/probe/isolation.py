@@ -54,7 +54,12 @@ class _WorkerExecutor:
     ) -> None:
         self._start, self._anew, self._answer_within_s, self._agree = start, anew, answer_within_s, agree
         self._source: WorkerSource | None = None
+        self._ahead: WorkerSource | None = None
         self._worker: Worker | None = None
+
+    def begin(self) -> None:
+        """Has the workers' source begin its imports, for a question that may come."""
+        self._ahead = self._start()
 
     def setting(self) -> Setting:
         return self._living_worker().setting
@@ -93,9 +98,9 @@ class _WorkerExecutor:
         try:
             self._retire()
         finally:  # a second Ctrl-C may come while a large worker ends
-            if self._source is not None:
-                self._source.close()
-                self._source = None
+            for source in filter(None, (self._source, self._ahead)):
+                source.close()
+            self._source = self._ahead = None
 
     def _run(self, request: TrialRequest) -> Attempt:
         """The trial; a worker lost for no reason of memory is replaced and the size asked once more."""
@@ -124,7 +129,7 @@ class _WorkerExecutor:
             if self._source is None or not self._source.makes_many:
                 if self._source is not None:
                     self._source.close()
-                self._source = self._start()
+                self._source, self._ahead = self._ahead or self._start(), None
             self._worker = self._new_worker(self._source)
         return self._worker
 

@@ -60,8 +60,10 @@ class WorkerSource(Protocol):
 
     is_host: bool
     """Whether they train on host memory, where a crash may be a refusal of memory."""
-    makes_many: bool
-    """False where it is a worker itself, and ends with it."""
+
+    @property
+    def makes_many(self) -> bool:
+        """False where it is a worker itself, and ends with it."""
 
     def start_worker(self) -> tuple[int, Connection]:
         """A new worker: its pid and the connection to it."""
@@ -84,7 +86,7 @@ class Meeting(Protocol):
 
 
 class Server:
-    """The child that has imported everything. Its whole session is killed at the end, grandchildren included."""
+    """The child that imports everything. Its whole session is killed at the end, grandchildren included."""
 
     def __init__(self, job: Job, environment: Mapping[str, str], answer_within_s: float) -> None:
         self.is_host = job.device == "cpu"
@@ -99,35 +101,50 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )
-        self.channel = ours
-        try:
-            talk = Connection(os.dup(ours.fileno()))
-            with talk:
-                talk.send(job)
-                self.makes_many = bool(_answer(talk, answer_within_s, "importing the workload"))
-        except EOFError:
-            raise WorkloadFailedError(
-                f"the child process {_end(_as_wait_status(self.process.wait()))} while it imported"
-            ) from None
-        finally:
-            if not hasattr(self, "makes_many"):
+        self.channel, self._answer_within_s = ours, answer_within_s
+        self._makes_many: bool | None = None
+        self._is_closed = False  # then its number may be another's
+        with Connection(os.dup(ours.fileno())) as talk, contextlib.suppress(ConnectionError):  # makes_many says why
+            talk.send(job)
+
+    @property
+    def makes_many(self) -> bool:
+        """Waits until all is imported, and raises what that raised."""
+        if self._makes_many is None:
+            self._makes_many = False
+            try:
+                self._makes_many = self._imported()
+            except BaseException:
                 self.close()
+                raise
+        return self._makes_many
+
+    def _imported(self) -> bool:
+        try:
+            with Connection(os.dup(self.channel.fileno())) as talk:
+                return bool(_answer(talk, self._answer_within_s, "importing the workload"))
+        except (EOFError, ConnectionError):
+            end = _end(_as_wait_status(self.process.wait()))
+            raise WorkloadFailedError(f"the child process {end} while it imported") from None
 
     def start_worker(self) -> tuple[int, Connection]:
+        is_fork = self.makes_many
         ours, theirs = socket.socketpair()
         with theirs:
             socket.send_fds(self.channel, [b"f"], [theirs.fileno()])
         connection = Connection(ours.detach())
-        return (self._read_number() if self.makes_many else self.process.pid), connection
+        return (self._read_number() if is_fork else self.process.pid), connection
 
     def wait_status(self) -> int:
         return self._read_number() if self.makes_many else _as_wait_status(self.process.wait())
 
     def close(self) -> None:
         self.channel.close()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        if not self._is_closed:
+            self._is_closed = True
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
 
     def _read_number(self) -> int:
         data = b""

@@ -13,11 +13,15 @@ import torch
 from torch import nn
 
 from autobatch import Workload, find
+from autobatch.device import nvml
+from autobatch.probe import guess
 from autobatch.probe.executor import Setting
 from autobatch.probe.guess import virtual_guess
 from autobatch.probe.isolation import ChildExecutor
+from autobatch.probe.processes import Server
 from autobatch.probe.rounding import Rounding
 from autobatch.probe.source import source_of
+from autobatch.virtual.catalog import find_card
 from tests.conftest import has_real_gpu
 from tests.gpu.machines import in_new_process
 
@@ -52,6 +56,27 @@ def test_the_search_begins_at_the_answer_of_a_virtual_gpu(real: None) -> None:
     assert f"A virtual GPU of the same size answers {first}: the search began from there." in result.notes
     assert result.trial_count <= 4
     assert result.batch_size == answered(isolate=True, first_guess=result.batch_size).batch_size
+
+
+def test_the_virtual_gpu_s_processes_import_while_those_of_the_real_one_do(
+    real: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the GPU's name; where that tells another GPU than the trials do, it is not asked."""
+    events = []
+    began, imported = Server.__init__, Server._imported
+    monkeypatch.setattr(guess, "present_state", lambda: None)
+    monkeypatch.setattr(Server, "__init__", lambda self, *args: (events.append("begin"), began(self, *args))[1])
+    monkeypatch.setattr(Server, "_imported", lambda self: (events.append("wait"), imported(self))[1])
+    result = answered(isolate=True, multiple_of=256, max_batch_size=512)
+    assert events == ["begin", "begin", "wait", "wait"]
+    assert [note for note in result.notes if "began from there" in note]
+    name = nvml.list_gpus()[0].name
+    other = replace(find_card("t4"), title=name)
+    monkeypatch.setattr(guess, "cards", lambda: (other,))
+    events.clear()
+    result = answered(isolate=True, multiple_of=256, max_batch_size=512)
+    assert events == ["begin", "begin", "wait", "begin", "wait"]
+    assert [note for note in result.notes if "began from there" in note]
 
 
 @pytest.mark.slow
