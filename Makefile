@@ -15,6 +15,10 @@ PARALLEL := -n $(WORKERS) --dist loadfile
 # lent machine. And those of it that make virtual GPUs for processes of their own, and leave a real one alone.
 GPU_TESTS := tests/gpu tests/conformance tests/unit/test_device_cuda.py tests/unit/test_device_local.py
 TWIN_TESTS := $(wildcard tests/gpu/test_virtual_*.py tests/gpu/test_driver_[!t]*.py tests/gpu/test_*_ranks.py)
+# Those that look at a GPU as a whole have a real one to themselves; the others share it.
+WHOLE_TESTS := $(filter-out tests/gpu,$(GPU_TESTS)) tests/gpu/test_values_nvml.py
+SHARING_TESTS := $(filter-out $(TWIN_TESTS) $(WHOLE_TESTS),$(wildcard tests/gpu/test_*.py))
+SHARERS ?= 3
 # Threads that wait for one another leave the cores to the other worker instead of spinning.
 export OMP_WAIT_POLICY := passive
 
@@ -40,16 +44,20 @@ fix: $(READY)
 	$(RUN) -m ruff format .
 	$(RUN) -m ruff check --fix .
 
+# What tells bytes outside the allocator, or seconds, has the GPU to itself; what counts inside it shares it.
 gpu: $(READY)  ## on a machine with a GPU: what looks at computed values runs too, and fails without one
 	@failed=0; begun=$$(date +%s); took() { echo "-- $$1: done after $$(($$(date +%s) - begun)) s"; }; \
 	trap 'kill $$twins 2>/dev/null' EXIT; trap 'exit 130' INT TERM; \
 	$(PYTEST) -n auto -m "gpu and not slow" $(TWIN_TESTS) & twins=$$!; \
-	AUTOBATCH_REQUIRE_GPU=1 $(PYTEST) -m "(gpu or gpu_values) and not slow" $(GPU_TESTS) $(TWIN_TESTS:%=--ignore=%) \
-		|| failed=1; \
+	export AUTOBATCH_REQUIRE_GPU=1; real="(gpu or gpu_values) and not slow"; \
+	$(PYTEST) -m "$$real" $(WHOLE_TESTS) || failed=1; \
+	$(PYTEST) -n $(SHARERS) --dist loadfile -m "$$real" $(SHARING_TESTS) || failed=1; \
 	wait $$twins || failed=1; took tests; \
-	for part in twins outside "largest --quick" "gpu --quick" throughput; do \
-		$(RUN) -m benchmarks.$$part || failed=1; took "$$part"; \
-	done; \
+	for part in record_device outside; do $(RUN) -m benchmarks.$$part || failed=1; took "$$part"; done; \
+	$(RUN) -m benchmarks.twins & twins=$$!; \
+	$(RUN) -m benchmarks.largest --quick || failed=1; \
+	wait $$twins || failed=1; took "twins and largest"; \
+	for part in "gpu --quick" throughput; do $(RUN) -m benchmarks.$$part || failed=1; took "$$part"; done; \
 	exit $$failed
 
 bench: $(READY)  ## autobatch and its peers, on virtual cards and host memory, into benchmarks/results

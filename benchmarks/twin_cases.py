@@ -338,5 +338,6 @@ _PLAIN = (
     Case(workload="gpt2-adamw-8bit", run=gpt2_8bit),
     Case(workload="resnet50-out-of-memory", run=out_of_memory),
 )
-_ALL = (*_COMPILED, *_PLAIN, *(replace(case, expandable=True) for case in _PLAIN))
+_EXPANDABLE = tuple(replace(case, expandable=True) for case in (*_COMPILED, *_PLAIN))
+_ALL = (*_COMPILED, *_EXPANDABLE[: len(_COMPILED)], *_PLAIN, *_EXPANDABLE[len(_COMPILED) :])
 CASES = {case.name: case for case in _ALL}

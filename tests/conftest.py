@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from autobatch.probe.cache import CACHE_VARIABLE
+from autobatch.probe.lock import HELD_VARIABLE, lock_path_of
 from autobatch.pytest_plugin import attach
 from autobatch.virtual.attach import present_state
 
@@ -80,6 +81,9 @@ def pytest_configure(config: pytest.Config) -> None:
     runs_tests = hasattr(config, "workerinput") or not config.getoption("numprocesses", None)
     if runs_tests and _only_gpu_tests(config) and not has_real_gpu() and present_state() is None:
         attach(CARD)
+    if has_real_gpu() and hasattr(config, "workerinput"):
+        # Workers share it (make gpu): a search of one, under a limit of its own, does not wait for another's.
+        os.environ[HELD_VARIABLE] = str(lock_path_of("cuda", 0))
 
 
 def _only_gpu_tests(config: pytest.Config) -> bool:

@@ -87,7 +87,12 @@ def lock_path(device: Device) -> Path | None:
     state = present_state()
     if kind == "cuda" and state is not None:
         return state.with_name(f"probe-{index}.lock")
-    name = re.sub(r"[^\w.-]", "_", _uuid(int(index)) if kind == "cuda" else f"{kind}-{index or 0}")
+    return lock_path_of(kind, int(index or 0))
+
+
+def lock_path_of(kind: str, index: int) -> Path:
+    """The file that stands for an accelerator that is there, the same for all processes of this user."""
+    name = re.sub(r"[^\w.-]", "_", _uuid(index) if kind == "cuda" else f"{kind}-{index}")
     return user_cache_path("autobatch") / "locks" / f"{name}.lock"
 
 

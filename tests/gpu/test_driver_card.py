@@ -18,9 +18,10 @@ print(json.dumps({number: value.value for number in range(1, 160) if ask(number)
 PCI_BUS = "33"
 
 
-def test_what_a_card_says_of_itself_is_what_a_real_h200_says(tmp_path):
+@pytest.mark.parametrize("gpu", ["nvidia_h200", "nvidia_h100_80gb_hbm3"])
+def test_what_a_card_says_of_itself_is_what_a_real_one_says(tmp_path, gpu):
     """Features that it does not have, which are 0, aside. cuDNN's plans and Inductor's timing go by these figures."""
-    real = json.loads((Path(__file__).parents[1] / "data" / "device_nvidia_h200.json").read_text())
+    real = json.loads((Path(__file__).parents[1] / "data" / f"device_{gpu}.json").read_text())
     known = real["torch"]
     figures = {"total_bytes": int(known["total_memory"]), "multiprocessors": int(known["multi_processor_count"])}
     machine = Machine(tmp_path, capability=(int(known["major"]), int(known["minor"])), **figures)

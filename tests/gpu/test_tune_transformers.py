@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -84,7 +85,7 @@ def test_gpt2_trains_with_what_was_found_and_runs_out_above(
     assert result.eval_batch_size > result.batch_size
     assert result.smallest_failure is not None
     del trainer
-    size = int(1.2 * result.smallest_failure)  # which may have failed by the headroom alone
+    size = math.ceil(1.2 * result.smallest_failure)  # which may have failed by the headroom alone
     with pytest.raises(torch.OutOfMemoryError):
         gpt2(tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=4, **options).train()
 

@@ -15,37 +15,58 @@ from benchmarks.gpu import place_of
 from benchmarks.measure import Place
 from benchmarks.records import RESULTS
 
+GPUS = {"nvidia_h200": "h200", "nvidia_h100_80gb_hbm3": "h100-80gb"}
+"""Those with records, by the names of their files, and what the catalog calls them."""
+of_each = pytest.mark.parametrize("gpu", GPUS)
 
-def recorded(kind: str) -> dict[str, Any]:
-    results: dict[str, Any] = json.loads((RESULTS / f"{kind}_nvidia_h200.json").read_text())
+
+def recorded(kind: str, gpu: str = "nvidia_h200") -> dict[str, Any]:
+    results: dict[str, Any] = json.loads((RESULTS / f"{kind}_{gpu}.json").read_text())
     assert results["environment"]["virtual"] is False
     return results
 
 
-def test_the_real_and_the_virtual_gpu_needed_the_same_for_transformers() -> None:
-    rows = {(row["case"], row["allocator"]): row for row in recorded("twins")["rows"]}
+@of_each
+def test_the_real_and_the_virtual_gpu_needed_the_same_for_transformers(gpu: str) -> None:
+    rows = {(row["case"], row["allocator"]): row for row in recorded("twins", gpu)["rows"]}
     for case in ("gpt2-adamw-foreach", "gpt2-adamw-fused", "gpt2-adamw-8bit", "gpt2-sgd", "llama-1b-checkpointed"):
         assert [rows[case, kind]["equal"] for kind in ("native", "expandable")] == [True, True]
     assert {row["error"] for row in rows.values()} == {None}
 
 
-def test_the_largest_batch_that_was_found_is_near_the_virtual_one_and_lasts() -> None:
-    rows = recorded("largest")["rows"]
+def test_two_gpus_of_one_architecture_needed_the_same() -> None:
+    """But where ``cudnn.benchmark`` or a compiler goes by times."""
+    steps = [
+        {(row["case"], row["allocator"]): row["steps"] for row in recorded("twins", gpu)["rows"] if untimed(row)}
+        for gpu in GPUS
+    ]
+    assert len(steps[0]) == 28
+    assert steps[0] == steps[1]
+
+
+def untimed(row: dict[str, Any]) -> bool:
+    return not row["case"].endswith(("-compiled", "fp32-benchmark")) and "fp16-benchmark" not in row["case"]
+
+
+@of_each
+def test_the_largest_batch_that_was_found_is_near_the_virtual_one_and_lasts(gpu: str) -> None:
+    rows = recorded("largest", gpu)["rows"]
     assert all(0.97 <= row["over_virtual"] <= 1.03 for row in rows)
     assert all(row["after"]["survives"] for row in rows)
     # BERT's 53 lasts in a fresh process; the search gave it up because 54 had fitted once and then no more.
-    assert [row["cell"] for row in rows if row["above"]["survives"]] == ["bert-24"]
+    assert {row["cell"] for row in rows if row["above"]["survives"]} <= {"bert-24"}
 
 
-def test_the_catalog_has_what_was_measured_beside_the_allocator() -> None:
-    results = recorded("outside")
+@of_each
+def test_the_catalog_has_what_was_measured_beside_the_allocator(gpu: str) -> None:
+    results = recorded("outside", gpu)
     trained = [row for row in results["rows"] if (row["run"], row["loading"]) == ("training", "LAZY")]
     most = max(row["stages"][-1]["outside_bytes"] for row in trained)
-    card = find_card("h200")
+    card = find_card(GPUS[gpu])
     assert card.outside_bytes == pytest.approx(most, abs=1 << 20)
     assert card.multiprocessors == results["memory"]["multiprocessors"]
     # The lowest total that any driver has reported.
-    assert 0.999 < card.total_bytes / results["memory"]["torch_total"] <= 1
+    assert 0.998 < card.total_bytes / results["memory"]["torch_total"] <= 1
 
 
 def test_every_file_becomes_a_table() -> None:
