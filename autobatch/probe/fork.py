@@ -41,6 +41,9 @@ class Forks:
         self._found = mmap.mmap(-1, mmap.PAGESIZE)  # by the first fork, for those that follow
         live.spare()
 
+    def ready(self) -> None:
+        """It is, from the start."""
+
     def start_worker(self) -> tuple[int, Connection]:
         """A new worker: its pid and the connection to it."""
         ours, theirs = socket.socketpair()

@@ -130,6 +130,7 @@ class _WorkerExecutor:
                 if self._source is not None:
                     self._source.close()
                 self._source, self._ahead = self._ahead or self._start(), None
+                self._source.ready()  # before ranks meet: whoever is lost until then is missed there, at once
             self._worker = self._new_worker(self._source)
         return self._worker
 

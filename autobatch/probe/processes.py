@@ -60,10 +60,11 @@ class WorkerSource(Protocol):
 
     is_host: bool
     """Whether they train on host memory, where a crash may be a refusal of memory."""
+    makes_many: bool
+    """False where it is a worker itself, and ends with it."""
 
-    @property
-    def makes_many(self) -> bool:
-        """False where it is a worker itself, and ends with it."""
+    def ready(self) -> None:
+        """Waits until it can make workers, once. Raises what its imports raised."""
 
     def start_worker(self) -> tuple[int, Connection]:
         """A new worker: its pid and the connection to it."""
@@ -102,38 +103,28 @@ class Server:
                 start_new_session=True,
             )
         self.channel, self._answer_within_s = ours, answer_within_s
-        self._makes_many: bool | None = None
-        self._is_closed = False  # then its number may be another's
-        with Connection(os.dup(ours.fileno())) as talk, contextlib.suppress(ConnectionError):  # makes_many says why
+        self.makes_many = self._is_closed = False  # when closed, its number may be another's
+        with Connection(os.dup(ours.fileno())) as talk, contextlib.suppress(ConnectionError):  # ready() says why
             talk.send(job)
 
-    @property
-    def makes_many(self) -> bool:
-        """Waits until all is imported, and raises what that raised."""
-        if self._makes_many is None:
-            self._makes_many = False
-            try:
-                self._makes_many = self._imported()
-            except BaseException:
-                self.close()
-                raise
-        return self._makes_many
-
-    def _imported(self) -> bool:
+    def ready(self) -> None:
         try:
             with Connection(os.dup(self.channel.fileno())) as talk:
-                return bool(_answer(talk, self._answer_within_s, "importing the workload"))
+                self.makes_many = bool(_answer(talk, self._answer_within_s, "importing the workload"))
         except (EOFError, ConnectionError):
             end = _end(_as_wait_status(self.process.wait()))
+            self.close()
             raise WorkloadFailedError(f"the child process {end} while it imported") from None
+        except BaseException:
+            self.close()
+            raise
 
     def start_worker(self) -> tuple[int, Connection]:
-        is_fork = self.makes_many
         ours, theirs = socket.socketpair()
         with theirs:
             socket.send_fds(self.channel, [b"f"], [theirs.fileno()])
         connection = Connection(ours.detach())
-        return (self._read_number() if is_fork else self.process.pid), connection
+        return (self._read_number() if self.makes_many else self.process.pid), connection
 
     def wait_status(self) -> int:
         return self._read_number() if self.makes_many else _as_wait_status(self.process.wait())

@@ -63,10 +63,10 @@ def test_the_virtual_gpu_s_processes_import_while_those_of_the_real_one_do(
 ) -> None:
     """By the GPU's name; where that tells another GPU than the trials do, it is not asked."""
     events = []
-    began, imported = Server.__init__, Server._imported
+    began, waited = Server.__init__, Server.ready
     monkeypatch.setattr(guess, "present_state", lambda: None)
     monkeypatch.setattr(Server, "__init__", lambda self, *args: (events.append("begin"), began(self, *args))[1])
-    monkeypatch.setattr(Server, "_imported", lambda self: (events.append("wait"), imported(self))[1])
+    monkeypatch.setattr(Server, "ready", lambda self: (events.append("wait"), waited(self))[1])
     result = answered(isolate=True, multiple_of=256, max_batch_size=512)
     assert events == ["begin", "begin", "wait", "wait"]
     assert [note for note in result.notes if "began from there" in note]
