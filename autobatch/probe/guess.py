@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
 from typing import Any
 
-import torch
-
 from autobatch.device import nvml
 from autobatch.device.base import Device
 from autobatch.errors import AutobatchError, AutobatchWarning
@@ -108,12 +106,12 @@ def twin_ahead(source: Source, device: Device) -> Iterator[Twin | None]:
 
 
 def _card_ahead(device: Device) -> str | None:
-    place = torch.device(device.torch_device)
-    if place.type != "cuda" or device.isolation().required or present_state() is not None:
+    kind, _, index = device.torch_device.partition(":")
+    if kind != "cuda" or device.isolation().required or present_state() is not None:
         return None
     check_host()
     for gpu in nvml.list_gpus():
-        if gpu.index == place.index and gpu.total_bytes:
+        if gpu.index == int(index) and gpu.total_bytes:
             figures = {(card.capability, card.multiprocessors) for card in cards() if card.title == gpu.name}
             if len(figures) == 1:
                 ((major, minor), sms) = figures.pop()
