@@ -107,9 +107,14 @@ def _selects(expression: str, marks: set[str]) -> bool:
     return bool(eval(expression, {"__builtins__": {}}, Marks()))
 
 
+def pytest_collection() -> None:
+    gc.disable()  # until all is imported
+
+
 def pytest_collection_finish() -> None:
     """Every trial collects garbage, and what all test files together import is large and none."""
     importlib.import_module("torch._dynamo")  # as the first optimizer does
+    gc.enable()
     gc.collect()
     gc.freeze()
 

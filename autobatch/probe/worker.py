@@ -27,6 +27,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from autobatch.errors import InvalidArgumentError
+from autobatch.imports import without_collections
 
 if TYPE_CHECKING:  # a server imports torch when it is told to, not before
     from autobatch.probe.executor import LocalExecutor
@@ -137,17 +138,15 @@ def _import(job: Job) -> Callable[..., Any]:
     _importing_main = True
     spawn.prepare(dict(job.preparation))
     _importing_main = False
-    collects = gc.isenabled()  # the main script may have switched it off
-    gc.disable()  # an import makes much and drops little: a fifth of its time went into looking for garbage
-    importlib.import_module("torch")
-    # The first optimizer imports it, for a second or two: better once here than in every worker.
-    importlib.import_module("torch._dynamo")
-    importlib.import_module("autobatch.probe.executor")
-    if collects:
-        gc.enable()
+    with without_collections():
+        importlib.import_module("torch")
+        # The first optimizer imports it, for a second or two: better once here than in every worker.
+        importlib.import_module("torch._dynamo")
+        importlib.import_module("autobatch.probe.executor")
     builder: Callable[..., Any] = pickle.loads(job.payload)
     if hasattr(builder, "import_modules"):
-        builder.import_modules()
+        with without_collections():
+            builder.import_modules()
     return builder
 
 

@@ -50,31 +50,35 @@ def answered(**options: Any) -> Any:
     return find(build, device="cuda:0", memory_limit="2GiB", **options)
 
 
-def test_the_search_begins_at_the_answer_of_a_virtual_gpu(real: None) -> None:
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """When processes for trials were started, and when they were waited for."""
+    told: list[str] = []
+    began, waited = Server.__init__, Server.ready
+    monkeypatch.setattr(Server, "__init__", lambda self, *args: (told.append("begin"), began(self, *args))[1])
+    monkeypatch.setattr(Server, "ready", lambda self: (told.append("wait"), waited(self))[1])
+    monkeypatch.setattr(guess, "present_state", lambda: None)  # the GPU is taken for a real one here too
+    return told
+
+
+def test_the_search_begins_at_the_answer_of_a_virtual_gpu(real: None, events: list[str]) -> None:
+    """Whose processes import while those of the real one do."""
     result = answered(isolate=True)
+    assert events == ["begin", "begin", "wait", "wait"]
     first = result.trials[0].batch_size
     assert f"A virtual GPU of the same size answers {first}: the search began from there." in result.notes
     assert result.trial_count <= 4
     assert result.batch_size == answered(isolate=True, first_guess=result.batch_size).batch_size
+    assert events[4:] == ["begin", "wait"]
 
 
-def test_the_virtual_gpu_s_processes_import_while_those_of_the_real_one_do(
-    real: None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.slow
+def test_a_gpu_that_is_not_what_its_name_says_has_another_virtual_gpu(
+    real: None, events: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the GPU's name; where that tells another GPU than the trials do, it is not asked."""
-    events = []
-    began, waited = Server.__init__, Server.ready
-    monkeypatch.setattr(guess, "present_state", lambda: None)
-    monkeypatch.setattr(Server, "__init__", lambda self, *args: (events.append("begin"), began(self, *args))[1])
-    monkeypatch.setattr(Server, "ready", lambda self: (events.append("wait"), waited(self))[1])
-    result = answered(isolate=True, multiple_of=256, max_batch_size=512)
-    assert events == ["begin", "begin", "wait", "wait"]
-    assert [note for note in result.notes if "began from there" in note]
-    name = nvml.list_gpus()[0].name
-    other = replace(find_card("t4"), title=name)
+    other = replace(find_card("t4"), title=nvml.list_gpus()[0].name)
     monkeypatch.setattr(guess, "cards", lambda: (other,))
-    events.clear()
-    result = answered(isolate=True, multiple_of=256, max_batch_size=512)
+    result = answered(isolate=True, max_batch_size=512)
     assert events == ["begin", "begin", "wait", "begin", "wait"]
     assert [note for note in result.notes if "began from there" in note]
 

@@ -16,7 +16,7 @@ import autobatch
 
 PACKAGE = Path(autobatch.__file__).parent
 LAYERS = (
-    ("errors", "hook"),
+    ("errors", "hook", "imports"),
     ("units",),
     ("result",),
     ("device",),
@@ -47,6 +47,7 @@ WITHOUT_TORCH = (
     "cli/cache",
     "cli/sweep",
     "errors",
+    "imports",
     "probe/cache",
     "probe/lock",
     "probe/search",
