@@ -34,10 +34,6 @@ class Setting:
     environment: Mapping[str, Any] = field(default_factory=dict)
 
 
-class StrandedError(Exception):
-    """A trial was given up because another rank's had failed: this one waited for it, or lost touch with it."""
-
-
 Agree = Callable[[TrialRequest, Callable[[], Attempt]], Attempt]
 """Runs an attempt at a request and says what came of it, for this process or for all ranks of a job."""
 

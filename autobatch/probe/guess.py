@@ -14,10 +14,12 @@ from typing import Any
 from autobatch.device import nvml
 from autobatch.device.base import Device
 from autobatch.errors import AutobatchError, AutobatchWarning
+from autobatch.probe.ahead import Ahead, begin
 from autobatch.probe.command import Command
 from autobatch.probe.command_executor import CommandExecutor
 from autobatch.probe.executor import Executor, Setting
-from autobatch.probe.isolation import ChildExecutor, is_importable
+from autobatch.probe.isolation import ChildExecutor
+from autobatch.probe.job import is_importable
 from autobatch.probe.source import Source, builder_of
 from autobatch.virtual.attach import present_state
 from autobatch.virtual.catalog import cards
@@ -70,10 +72,18 @@ class Twin:
     """
 
     def __init__(self, source: Source, card: str) -> None:
+        self._source = source
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", AutobatchWarning)  # it gives a first guess, no answer
             self._device = VirtualGPU(card, any_capability=True)  # as long as it is there, so is the card
         self.executor = _there(source, self._device)
+        self._ahead: Ahead | None = None
+
+    def begin(self) -> None:
+        """Has its processes begin their imports, for a question that may come."""
+        builder = builder_of(self._source)
+        if builder is not None:
+            self._ahead = begin(builder, self._device.isolation())
 
     def stands_for(self, setting: Setting) -> bool:
         """Whether trials here can say what those in ``setting`` may have: the card has its kernels, and the memory."""
@@ -84,8 +94,9 @@ class Twin:
 
     def close(self) -> None:
         """Ends the processes."""
-        if self.executor is not None:
-            self.executor.close()
+        for part in (self.executor, self._ahead):
+            if part is not None:
+                part.close()
 
 
 @contextmanager
@@ -97,8 +108,7 @@ def twin_ahead(source: Source, device: Device) -> Iterator[Twin | None]:
     try:
         if (card := _card_ahead(device)) is not None:
             twin = Twin(source, card)
-            if isinstance(twin.executor, ChildExecutor):
-                twin.executor.begin()
+            twin.begin()
     except Exception:  # noqa: BLE001 - a twin that cannot be had ahead is asked for later, and tells why
         twin = None
     with closing(twin) if twin is not None else nullcontext():

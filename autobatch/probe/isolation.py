@@ -10,31 +10,22 @@ Device never starts any.
 from __future__ import annotations
 
 import os
-import pickle
 import socket
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
-from multiprocessing import spawn
 from typing import Any
 
 from autobatch.device.base import Isolation
 from autobatch.device.oom import Tier
-from autobatch.errors import DeviceError, InvalidArgumentError, WorkloadFailedError
+from autobatch.errors import DeviceError, WorkloadFailedError
+from autobatch.probe.ahead import server_for
 from autobatch.probe.executor import Agree, LocalExecutor, Setting, alone
 from autobatch.probe.fork import Forks
-from autobatch.probe.lock import child_environment
-from autobatch.probe.processes import ANSWER_WITHIN_S, Server, Worker, WorkerLostError, WorkerSource
+from autobatch.probe.job import job_of
+from autobatch.probe.processes import ANSWER_WITHIN_S, Worker, WorkerLostError, WorkerSource
 from autobatch.probe.signature import Signature
 from autobatch.probe.trial import Attempt, TrialRequest
-from autobatch.probe.worker import Job
 from autobatch.result import Outcome, Trial
-
-RENDEZVOUS_VARIABLES = (
-    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
-    *("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT"),
-)
-"""What a launcher such as torchrun tells a rank, and ``init_process_group()`` reads."""
 
 
 class _WorkerExecutor:
@@ -54,12 +45,7 @@ class _WorkerExecutor:
     ) -> None:
         self._start, self._anew, self._answer_within_s, self._agree = start, anew, answer_within_s, agree
         self._source: WorkerSource | None = None
-        self._ahead: WorkerSource | None = None
         self._worker: Worker | None = None
-
-    def begin(self) -> None:
-        """Has the workers' source begin its imports, for a question that may come."""
-        self._ahead = self._start()
 
     def setting(self) -> Setting:
         return self._living_worker().setting
@@ -98,9 +84,9 @@ class _WorkerExecutor:
         try:
             self._retire()
         finally:  # a second Ctrl-C may come while a large worker ends
-            for source in filter(None, (self._source, self._ahead)):
-                source.close()
-            self._source = self._ahead = None
+            if self._source is not None:
+                self._source.close()
+                self._source = None
 
     def _run(self, request: TrialRequest) -> Attempt:
         """The trial; a worker lost for no reason of memory is replaced and the size asked once more."""
@@ -129,7 +115,7 @@ class _WorkerExecutor:
             if self._source is None or not self._source.makes_many:
                 if self._source is not None:
                     self._source.close()
-                self._source, self._ahead = self._ahead or self._start(), None
+                self._source = self._start()
                 self._source.ready()  # before ranks meet: whoever is lost until then is missed there, at once
             self._worker = self._new_worker(self._source)
         return self._worker
@@ -171,16 +157,9 @@ class ChildExecutor(_WorkerExecutor):
     ) -> None:
         if not hasattr(os, "fork") or not hasattr(socket, "recv_fds"):
             raise DeviceError("trials in a child process need Linux or macOS; isolate=False runs them in this one")
-        job = Job(
-            payload=_by_reference(builder),
-            preparation=_preparation(builder),
-            device=isolation.device,
-            memory_limit_bytes=isolation.memory_limit_bytes,
-            meets=meets,
-        )
-        environment = {**_without_job(os.environ), **child_environment(), **isolation.environment}
+        job, environment = job_of(builder, isolation, meets=meets)
         super().__init__(
-            lambda: Server(job, environment, answer_within_s),
+            lambda: server_for(job, environment, answer_within_s),
             anew=isolation.anew,
             answer_within_s=answer_within_s,
             agree=agree,
@@ -197,55 +176,6 @@ class ForkExecutor(_WorkerExecutor):
 
     def __init__(self, live: LocalExecutor, *, answer_within_s: float = ANSWER_WITHIN_S, agree: Agree = alone) -> None:
         super().__init__(lambda: Forks(live), anew=True, answer_within_s=answer_within_s, agree=agree)
-
-
-_WITHOUT_A_FILE = (
-    "a function in a file that can be imported, because trials run in a process of their own; for what a notebook or "
-    "`python -c` defines, call autobatch.VirtualGPU('a100-40gb').attach() before torch is imported, and give "
-    "device='cuda'"
-)
-
-
-def _by_reference(builder: Callable[..., Any]) -> bytes:
-    allowed = (
-        "importable by name, because trials run in a process of their own: a function at the top of a module "
-        "(or of a script, under `if __name__ == '__main__'`), not a lambda, a local function or a live Workload"
-    )
-    try:
-        payload = pickle.dumps(builder)
-    except Exception as exc:
-        raise InvalidArgumentError("workload", builder, allowed) from exc
-    main = getattr(sys.modules["__main__"], "__file__", None)  # "<stdin>" for a script that is piped in
-    if b"__main__" in payload and (main is None or not os.path.exists(main)):
-        raise InvalidArgumentError("workload", builder, _WITHOUT_A_FILE)
-    return payload
-
-
-def is_importable(builder: Callable[..., Any]) -> bool:
-    """Whether another process can find ``builder`` by its name, and there can be one."""
-    if not hasattr(os, "fork"):
-        return False
-    try:
-        _by_reference(builder)
-    except InvalidArgumentError:
-        return False
-    return True
-
-
-def _preparation(builder: Callable[..., Any]) -> dict[str, Any]:
-    data: dict[str, Any] = spawn.get_preparation_data("autobatch")
-    data.pop("authkey", None)  # refuses to be pickled, and nothing here needs it
-    if b"__main__" not in pickle.dumps(builder):
-        # The workload is elsewhere: no reason to run the main script's imports once more.
-        data.pop("init_main_from_path", None)
-        data.pop("init_main_from_name", None)
-    return data
-
-
-def _without_job(variables: Mapping[str, str]) -> dict[str, str]:
-    """``variables`` without a launcher's rendezvous: a child that went there would be taken for this rank itself."""
-    several = int(variables.get("WORLD_SIZE") or 1) > 1
-    return {name: value for name, value in variables.items() if not (several and name in RENDEZVOUS_VARIABLES)}
 
 
 def _after_search(request: TrialRequest) -> TrialRequest:

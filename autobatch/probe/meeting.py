@@ -19,9 +19,10 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # it is pu
 from autobatch.device.base import Isolation
 from autobatch.errors import WorkloadFailedError
 from autobatch.probe.agreement import Agreement
-from autobatch.probe.executor import Setting, StrandedError
-from autobatch.probe.isolation import RENDEZVOUS_VARIABLES, ChildExecutor
-from autobatch.probe.processes import ANSWER_WITHIN_S, Worker, WorkerLostError, WorkerSource
+from autobatch.probe.executor import Setting
+from autobatch.probe.isolation import ChildExecutor
+from autobatch.probe.job import RENDEZVOUS_VARIABLES
+from autobatch.probe.processes import ANSWER_WITHIN_S, StrandedError, Worker, WorkerLostError, WorkerSource
 from autobatch.probe.trial import Attempt, TrialRequest
 
 _FAILED_KEY = "autobatch/failed"

@@ -15,7 +15,8 @@ from autobatch.probe.command import Command
 from autobatch.probe.command_executor import CommandExecutor
 from autobatch.probe.executor import Executor, LocalExecutor
 from autobatch.probe.fork import forks_are_safe
-from autobatch.probe.isolation import ChildExecutor, ForkExecutor, is_importable
+from autobatch.probe.isolation import ChildExecutor, ForkExecutor
+from autobatch.probe.job import is_importable
 from autobatch.probe.meeting import MeetingExecutor
 from autobatch.probe.source import Source, builder_of, check_placed
 from autobatch.probe.state import preserved

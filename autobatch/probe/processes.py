@@ -15,16 +15,18 @@ import time
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import autobatch
 from autobatch.device.oom import Tier, classify_exit
 from autobatch.errors import WorkloadFailedError
-from autobatch.probe.executor import Setting, StrandedError
-from autobatch.probe.signature import Signature
-from autobatch.probe.trial import TrialRequest
 from autobatch.probe.worker import NUMBER, Failure, Job, SignatureRequest
 from autobatch.result import Trial
+
+if TYPE_CHECKING:  # a server can be started before torch is imported here
+    from autobatch.probe.executor import Setting
+    from autobatch.probe.signature import Signature
+    from autobatch.probe.trial import TrialRequest
 
 ANSWER_WITHIN_S = 600.0
 """A worker that is silent for so long hangs. Long enough for any trial of a few steps, compilation included."""
@@ -53,6 +55,10 @@ class WorkerLostError(Exception):
 
 class SilenceError(WorkloadFailedError):
     """A child process said nothing for too long."""
+
+
+class StrandedError(Exception):
+    """A trial was given up because another rank's had failed: this one waited for it, or lost touch with it."""
 
 
 class WorkerSource(Protocol):

@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from autobatch.cli import main
+from autobatch.probe.processes import Server
 from autobatch.result import BatchSizeResult
 
 WORKLOADS = """
@@ -81,6 +82,15 @@ def children() -> set[int]:
     return {child.pid for child in psutil.Process().children(recursive=True)}
 
 
+@pytest.fixture
+def servers(monkeypatch: pytest.MonkeyPatch) -> list[Server]:
+    """The servers of trials that are started. One that begins before torch is imported is the one that is asked."""
+    made: list[Server] = []
+    start = Server.__init__
+    monkeypatch.setattr(Server, "__init__", lambda self, *args: (made.append(self), start(self, *args))[1])
+    return made
+
+
 @pytest.fixture(scope="module")
 def gpt2_on_a100(tmp_path_factory: pytest.TempPathFactory) -> tuple[BatchSizeResult, list[str], float]:
     """The result, the lines and the CPU seconds of the command that the README opens with."""
@@ -124,10 +134,11 @@ class TestGPT2OnAnA100ThatIsNotThere:
 
 
 class TestCodes:
-    def test_0_and_the_result_in_json(self, script, tmp_path):
+    def test_0_and_the_result_in_json(self, script, tmp_path, servers):
         path = tmp_path / "result.json"
         done = probe(f"{script}:build", "--gpu", "t4", "--max-batch-size", 64, "--json", path)
         assert done.exit_code == 0, done.output
+        assert len(servers) == 1
         result = BatchSizeResult.from_json(path.read_text())
         assert (result.batch_size, result.proof) == (64, "max_batch_size")
 
@@ -205,10 +216,11 @@ def test_with_an_effective_batch_the_trials_hold_gradients_and_the_plan_is_print
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="host memory is limited on Linux alone")
-def test_on_the_host_the_limit_is_named_and_kept(script):
+def test_on_the_host_the_limit_is_named_and_kept(script, servers):
     # Narrow layers: much memory for little arithmetic, so that a loaded machine is done with it soon.
     done = probe(f"{script}:narrow", "--device", "cpu", "--memory-limit", "64MiB", "--start", 1024)
     assert done.exit_code == 0, done.output
+    assert len(servers) == 1
     lines = done.stdout.splitlines()
     assert "budget 64 MiB, the limit given" in lines[0]
     # What malloc keeps differs from process to process: a size at the edge may fit once and not again.

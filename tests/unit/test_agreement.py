@@ -15,7 +15,8 @@ from autobatch.errors import DeviceNotFoundError, DoesNotFitError, InvalidArgume
 from autobatch.probe import lock, neighbours
 from autobatch.probe.agreement import Agreement
 from autobatch.probe.data import Extent
-from autobatch.probe.executor import Setting, StrandedError
+from autobatch.probe.executor import Setting
+from autobatch.probe.processes import StrandedError
 from autobatch.probe.trial import Attempt, TrialRequest
 from autobatch.result import Measurement, Outcome, Trial
 from autobatch.testing import FakeDevice

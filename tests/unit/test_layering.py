@@ -48,6 +48,7 @@ WITHOUT_TORCH = (
     "cli/sweep",
     "errors",
     "imports",
+    "probe/ahead",
     "probe/cache",
     "probe/lock",
     "probe/search",
