@@ -44,7 +44,7 @@ fix: $(READY)
 	$(RUN) -m ruff format .
 	$(RUN) -m ruff check --fix .
 
-# What tells bytes outside the allocator, or seconds, has the GPU to itself; what counts inside it shares it.
+# What tells bytes outside the allocator, or seconds, has the GPU to itself; what counts inside it shares one of 80 GB.
 gpu: $(READY)  ## on a machine with a GPU: what looks at computed values runs too, and fails without one
 	@failed=0; begun=$$(date +%s); took() { echo "-- $$1: done after $$(($$(date +%s) - begun)) s"; }; \
 	trap 'kill $$twins 2>/dev/null' EXIT; trap 'exit 130' INT TERM; \

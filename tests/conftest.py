@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from autobatch.imports import without_collections
 from autobatch.probe.cache import CACHE_VARIABLE
 from autobatch.probe.lock import HELD_VARIABLE, lock_path_of
 from autobatch.pytest_plugin import attach
@@ -81,7 +82,7 @@ def pytest_configure(config: pytest.Config) -> None:
     runs_tests = hasattr(config, "workerinput") or not config.getoption("numprocesses", None)
     if runs_tests and _only_gpu_tests(config) and not has_real_gpu() and present_state() is None:
         attach(CARD)
-    if has_real_gpu() and hasattr(config, "workerinput"):
+    if os.environ.get("AUTOBATCH_REQUIRE_GPU") and has_real_gpu() and hasattr(config, "workerinput"):
         # Workers share it (make gpu): a search of one, under a limit of its own, does not wait for another's.
         os.environ[HELD_VARIABLE] = str(lock_path_of("cuda", 0))
 
@@ -107,14 +108,15 @@ def _selects(expression: str, marks: set[str]) -> bool:
     return bool(eval(expression, {"__builtins__": {}}, Marks()))
 
 
-def pytest_collection() -> None:
-    gc.disable()  # until all is imported
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    with without_collections():
+        return (yield)
 
 
 def pytest_collection_finish() -> None:
     """Every trial collects garbage, and what all test files together import is large and none."""
     importlib.import_module("torch._dynamo")  # as the first optimizer does
-    gc.enable()
     gc.collect()
     gc.freeze()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import closing
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,6 @@ from autobatch.probe.command import Command
 
 if TYPE_CHECKING:
     from autobatch.device.base import Device
-    from autobatch.probe.ahead import Ahead
     from autobatch.result import BatchSizeResult
 
 
@@ -61,15 +60,14 @@ class Chosen:
         # Lines, where a command's own output comes between: it would tear a table that is drawn in place.
         is_verbose = isinstance(workload, Command) and workload.verbose
         console = Console(force_terminal=False if is_verbose else None)
-        with (
-            display_for(console, identify(place)) as display,
-            workload_errors(self.ctx),
-            closing(_server_of(workload, place)),
-        ):
+        with display_for(console, identify(place)) as display, _server_ahead(workload, place):
             with without_collections():
-                from autobatch.probe.finder import find  # imports torch, as the server does meanwhile
+                from autobatch.probe.finder import find  # imports torch, so the device is shown first
 
-            result = find(workload, device=place, on_trial=display.on_trial, first_guess=first_guess, **self.options)
+            with workload_errors(self.ctx):
+                result = find(
+                    workload, device=place, on_trial=display.on_trial, first_guess=first_guess, **self.options
+                )
         plan = None
         if self.effective_batch_size is not None:
             result, plan = planned(result, self.effective_batch_size, self.options)
@@ -80,15 +78,13 @@ class Chosen:
         return result
 
 
-def _server_of(workload: Target | Command, place: Device) -> Ahead:
-    """Begins the server of the trials, as it will be asked for by a search that holds the device's lock."""
-    from autobatch.probe.ahead import Ahead, begin
-    from autobatch.probe.lock import assumed_lock
+def _server_ahead(workload: Target | Command, place: Device) -> AbstractContextManager[None]:
+    """Inside, the process of the trials imports torch, as this one is about to."""
+    from autobatch.probe.ahead import begun
 
     if isinstance(workload, Command) or present_job().size > 1:
-        return Ahead()
-    with assumed_lock(place):
-        return begin(workload, place.isolation())
+        return nullcontext()
+    return begun(place.isolation())
 
 
 def _warnings(workload: Target | Command) -> tuple[str, ...]:

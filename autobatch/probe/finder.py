@@ -173,7 +173,7 @@ def find(
         together.begin({"per_rank": per_rank} | ({} if per_rank else question.of_all_ranks))
         place = shared(resolve_device(device, memory_limit_bytes=question.limit_bytes), together)
         agreed = Agreement() if per_rank else together
-        may_guess = first_guess is None and isolate is not False and not together.ranks.are_several
+        may_guess = first_guess is None and not together.ranks.are_several
         with (
             locked(place, together),
             twin_ahead(question.source, place) if may_guess else nullcontext() as ahead,

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
 from autobatch.device import nvml
 from autobatch.device.base import Device
 from autobatch.errors import AutobatchError, AutobatchWarning
-from autobatch.probe.ahead import Ahead, begin
+from autobatch.probe.ahead import begun
 from autobatch.probe.command import Command
 from autobatch.probe.command_executor import CommandExecutor
 from autobatch.probe.executor import Executor, Setting
@@ -65,53 +65,45 @@ def twin_of(setting: Setting, *, of_virtual: bool = False) -> str | None:
 
 
 class Twin:
-    """A virtual GPU, and the processes in which a workload can be tried on it.
+    """A virtual GPU on which ``executor`` tries a workload instead, None if it cannot be had there.
 
     Args:
         card: as ``autobatch run --gpu`` takes it.
     """
 
     def __init__(self, source: Source, card: str) -> None:
-        self._source = source
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", AutobatchWarning)  # it gives a first guess, no answer
-            self._device = VirtualGPU(card, any_capability=True)  # as long as it is there, so is the card
-        self.executor = _there(source, self._device)
-        self._ahead: Ahead | None = None
-
-    def begin(self) -> None:
-        """Has its processes begin their imports, for a question that may come."""
-        builder = builder_of(self._source)
-        if builder is not None:
-            self._ahead = begin(builder, self._device.isolation())
+            self.device = VirtualGPU(card, any_capability=True)  # as long as it is there, so is the card
+        self.executor = _there(source, self.device)
 
     def stands_for(self, setting: Setting) -> bool:
         """Whether trials here can say what those in ``setting`` may have: the card has its kernels, and the memory."""
-        known, card = setting.environment, self._device.card
+        known, card = setting.environment, self.device.card
         kernels = (known["capability"], known["details"].get("multiprocessors"))
         are_same = kernels == (".".join(map(str, card.capability)), str(card.multiprocessors))
         return are_same and (setting.budget_bytes or 0) <= card.total_bytes
 
     def close(self) -> None:
-        """Ends the processes."""
-        for part in (self.executor, self._ahead):
-            if part is not None:
-                part.close()
+        """Ends the processes of the trials."""
+        if self.executor is not None:
+            self.executor.close()
 
 
 @contextmanager
 def twin_ahead(source: Source, device: Device) -> Iterator[Twin | None]:
-    """The twin of a real GPU, by what its name tells before anybody has touched it: the processes there import while
-    those of the real one do. None where the name does not tell enough, or where there is nothing to import.
+    """The twin of a real GPU, by what its name tells before anybody has touched it: the process there imports torch
+    while that of the real one does. None where the name does not tell enough, or where there is nothing to import.
     """
-    twin = None
-    try:
-        if (card := _card_ahead(device)) is not None:
-            twin = Twin(source, card)
-            twin.begin()
-    except Exception:  # noqa: BLE001 - a twin that cannot be had ahead is asked for later, and tells why
+    with ExitStack() as stack:
         twin = None
-    with closing(twin) if twin is not None else nullcontext():
+        try:
+            if not isinstance(source, Command) and (card := _card_ahead(device)) is not None:
+                twin = stack.enter_context(closing(Twin(source, card)))
+                if twin.executor is not None:
+                    stack.enter_context(begun(twin.device.isolation()))
+        except Exception:  # noqa: BLE001 - a twin that cannot be had ahead is asked for later, and tells why
+            twin = None
         yield twin
 
 
@@ -138,10 +130,10 @@ def virtual_guess(
     Whatever goes wrong there is no error of the caller's: the real GPU has the last word.
 
     Args:
-        ahead: a twin that will do as well, and is its owner's to close.
+        ahead: a twin that will do as well.
     """
     try:
-        with nullcontext(ahead) if ahead is not None else closing(Twin(source, card)) as twin:
+        with closing(ahead or Twin(source, card)) as twin:
             if twin.executor is None:
                 return None, ""
             guess = search(twin.executor)

@@ -157,9 +157,9 @@ class ChildExecutor(_WorkerExecutor):
     ) -> None:
         if not hasattr(os, "fork") or not hasattr(socket, "recv_fds"):
             raise DeviceError("trials in a child process need Linux or macOS; isolate=False runs them in this one")
-        job, environment = job_of(builder, isolation, meets=meets)
+        job = job_of(builder, isolation, meets=meets)
         super().__init__(
-            lambda: server_for(job, environment, answer_within_s),
+            lambda: server_for(job, isolation, answer_within_s),
             anew=isolation.anew,
             answer_within_s=answer_within_s,
             agree=agree,

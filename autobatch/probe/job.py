@@ -1,4 +1,4 @@
-"""What the server of trials has to know, and the environment in which it starts. Needs no torch."""
+"""What the server of trials is told, and the environment in which it starts. Needs no torch."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ RENDEZVOUS_VARIABLES = (
 """What a launcher such as torchrun tells a rank, and ``init_process_group()`` reads."""
 
 
-def job_of(builder: Callable[..., Any], isolation: Isolation, *, meets: bool = False) -> tuple[Job, dict[str, str]]:
-    """What a child has to know that tries what ``builder`` builds, and its whole environment.
+def job_of(builder: Callable[..., Any], isolation: Isolation, *, meets: bool = False) -> Job:
+    """What a server has to know to try what ``builder`` builds.
 
     Args:
         builder: picklable by reference.
@@ -32,15 +32,29 @@ def job_of(builder: Callable[..., Any], isolation: Isolation, *, meets: bool = F
     Raises:
         InvalidArgumentError: if ``builder`` cannot be found by name in another process.
     """
-    job = Job(
-        payload=_by_reference(builder),
-        preparation=_preparation(builder),
+    payload = _by_reference(builder)
+    # Where the workload is elsewhere, there is no reason to run the main script's imports once more.
+    main = {name: value for name, value in spawn.get_preparation_data("autobatch").items() if name in _OF_MAIN}
+    return Job(
+        payload=payload,
+        main=main if b"__main__" in payload else {},
+        variables=child_environment(),
         device=isolation.device,
         memory_limit_bytes=isolation.memory_limit_bytes,
         meets=meets,
     )
-    return job, {**_without_job(os.environ), **child_environment(), **isolation.environment}
 
+
+def beginning(isolation: Isolation) -> tuple[dict[str, str], dict[str, Any]]:
+    """The whole environment in which a server starts, and where it finds modules."""
+    paths: dict[str, Any] = spawn.get_preparation_data("autobatch")
+    left_out = {*_OF_MAIN, "authkey"}  # which refuses to be pickled, and nothing here needs it
+    return {**_without_job(os.environ), **isolation.environment}, {
+        name: value for name, value in paths.items() if name not in left_out
+    }
+
+
+_OF_MAIN = ("init_main_from_path", "init_main_from_name")
 
 _WITHOUT_A_FILE = (
     "a function in a file that can be imported, because trials run in a process of their own; for what a notebook or "
@@ -73,16 +87,6 @@ def is_importable(builder: Callable[..., Any]) -> bool:
     except InvalidArgumentError:
         return False
     return True
-
-
-def _preparation(builder: Callable[..., Any]) -> dict[str, Any]:
-    data: dict[str, Any] = spawn.get_preparation_data("autobatch")
-    data.pop("authkey", None)  # refuses to be pickled, and nothing here needs it
-    if b"__main__" not in pickle.dumps(builder):
-        # The workload is elsewhere: no reason to run the main script's imports once more.
-        data.pop("init_main_from_path", None)
-        data.pop("init_main_from_name", None)
-    return data
 
 
 def _without_job(variables: Mapping[str, str]) -> dict[str, str]:

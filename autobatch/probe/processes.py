@@ -93,11 +93,18 @@ class Meeting(Protocol):
 
 
 class Server:
-    """The child that imports everything. Its whole session is killed at the end, grandchildren included."""
+    """The child that imports everything, torch first. Its whole session is killed at the end, grandchildren included.
 
-    def __init__(self, job: Job, environment: Mapping[str, str], answer_within_s: float) -> None:
-        self.is_host = job.device == "cpu"
-        ours, theirs = socket.socketpair()
+    Args:
+        environment: all its variables.
+        paths: where it finds modules, as ``multiprocessing.spawn.prepare()`` takes it.
+    """
+
+    def __init__(self, environment: Mapping[str, str], paths: Mapping[str, Any]) -> None:
+        self.environment, self.paths = environment, paths
+        self.is_host = self.makes_many = self._is_closed = False  # when closed, its number may be another's
+        self._answer_within_s = ANSWER_WITHIN_S
+        self.channel, theirs = socket.socketpair()
         root = str(Path(autobatch.__file__).parent.parent)
         code = f"import sys; sys.path.insert(0, {root!r}); from autobatch.probe.worker import serve; serve({{}})"
         with theirs:
@@ -108,10 +115,20 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )
-        self.channel, self._answer_within_s = ours, answer_within_s
-        self.makes_many = self._is_closed = False  # when closed, its number may be another's
-        with Connection(os.dup(ours.fileno())) as talk, contextlib.suppress(ConnectionError):  # ready() says why
-            talk.send(job)
+        try:
+            self._tell(dict(paths))
+        except BaseException:
+            self.close()
+            raise
+
+    def give(self, job: Job, answer_within_s: float) -> None:
+        """Tells what its workers are to do, once."""
+        self.is_host, self._answer_within_s = job.device == "cpu", answer_within_s
+        self._tell(job)
+
+    def _tell(self, message: object) -> None:
+        with Connection(os.dup(self.channel.fileno())) as talk, contextlib.suppress(ConnectionError):
+            talk.send(message)  # one that is gone already: ready() says why
 
     def ready(self) -> None:
         try:

@@ -60,7 +60,10 @@ class Job:
     """What a server needs to know. ``payload`` is the pickled builder: a reference by name, as in spawn."""
 
     payload: bytes
-    preparation: Mapping[str, Any]
+    main: Mapping[str, str]
+    """How to import the main script, if the builder is part of it: the rest of what ``spawn.prepare()`` takes."""
+    variables: Mapping[str, str]
+    """To be set in the environment before that."""
     device: str
     memory_limit_bytes: int | None
     meets: bool = False
@@ -83,13 +86,18 @@ class Failure:
 
 
 def serve(descriptor: int) -> None:
-    """The server: imports, says that it is ready, and forks a worker for each socket it is handed."""
+    """The server: imports, says that it is ready, and forks a worker for each socket it is handed.
+
+    It is told first where modules are found, and its job later: of the user's nothing runs before that.
+    """
     end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the prober's to handle; it ends us
     channel = socket.socket(fileno=descriptor)
     talk = Connection(os.dup(descriptor))
-    job: Job = talk.recv()
     try:
+        spawn.prepare(talk.recv())
+        _import_torch()
+        job = _next_job(talk)
         builder = _import(job)
     except BaseException as exc:  # noqa: BLE001 - it is raised again, by the prober
         talk.send(portable(exc))
@@ -133,20 +141,31 @@ def _workload_frames(frames: TracebackType | None) -> TracebackType | None:
     return found or frames
 
 
-def _import(job: Job) -> Callable[..., Any]:
-    global _importing_main
-    _importing_main = True
-    spawn.prepare(dict(job.preparation))
-    _importing_main = False
+def _next_job(talk: Connection) -> Job:
+    try:
+        job: Job = talk.recv()
+    except EOFError:  # the prober is gone, or needs no server
+        os._exit(0)
+    return job
+
+
+def _import_torch() -> None:
     with without_collections():
         importlib.import_module("torch")
         # The first optimizer imports it, for a second or two: better once here than in every worker.
         importlib.import_module("torch._dynamo")
         importlib.import_module("autobatch.probe.executor")
+
+
+def _import(job: Job) -> Callable[..., Any]:
+    global _importing_main
+    os.environ.update(job.variables)
+    _importing_main = True
+    spawn.prepare(dict(job.main))
+    _importing_main = False
     builder: Callable[..., Any] = pickle.loads(job.payload)
     if hasattr(builder, "import_modules"):
-        with without_collections():
-            builder.import_modules()
+        builder.import_modules()
     return builder
 
 

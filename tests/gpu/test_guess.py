@@ -5,6 +5,7 @@ Where there is no real GPU, the virtual one stands in for it: it says that it is
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 from autobatch import Workload, find
 from autobatch.device import nvml
 from autobatch.probe import guess
+from autobatch.probe.command import Command
 from autobatch.probe.executor import Setting
 from autobatch.probe.guess import virtual_guess
 from autobatch.probe.isolation import ChildExecutor
@@ -22,6 +24,7 @@ from autobatch.probe.processes import Server
 from autobatch.probe.rounding import Rounding
 from autobatch.probe.source import source_of
 from autobatch.virtual.catalog import find_card
+from autobatch.virtual.resolve import resolve_device
 from tests.conftest import has_real_gpu
 from tests.gpu.machines import in_new_process
 
@@ -86,6 +89,15 @@ def test_a_gpu_that_is_not_what_its_name_says_has_another_virtual_gpu(
 @pytest.mark.slow
 def test_a_guess_of_the_caller_s_own_is_not_asked_for_again(real: None) -> None:
     assert not [note for note in answered(isolate=True, first_guess=64).notes if "began" in note]
+
+
+def test_a_command_has_no_twin_ahead(events: list[str]) -> None:
+    """Which would take the place of its log."""
+    with guess.twin_ahead(Command([sys.executable, "train.py", "{batch_size}"]), resolve_device("cuda:0")) as ahead:
+        assert ahead is None
+    with guess.twin_ahead(build, resolve_device("cuda:0")) as ahead:
+        assert ahead is not None
+    assert events == ["begin"]
 
 
 def test_a_card_for_which_torch_has_no_kernels_is_no_error_of_the_caller_s() -> None:

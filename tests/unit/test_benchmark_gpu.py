@@ -54,7 +54,8 @@ def test_the_largest_batch_that_was_found_is_near_the_virtual_one_and_lasts(gpu:
     assert all(0.97 <= row["over_virtual"] <= 1.03 for row in rows)
     assert all(row["after"]["survives"] for row in rows)
     # BERT's 53 lasts in a fresh process; the search gave it up because 54 had fitted once and then no more.
-    assert {row["cell"] for row in rows if row["above"]["survives"]} <= {"bert-24"}
+    above = {"nvidia_h200": ["bert-24"], "nvidia_h100_80gb_hbm3": []}
+    assert [row["cell"] for row in rows if row["above"]["survives"]] == above[gpu]
 
 
 @of_each
