@@ -4,7 +4,7 @@ Each side is a process of its own (``benchmarks/twin_sides.py``) that runs the c
 records what torch's allocator holds after each step and all that it did. A line for each case as soon as both sides
 have it, a table in the end, and ``results/twins_<device>.json``::
 
-    python -m benchmarks.twins [--cases CASE ...] [--workers 7] [--within 180] [--json FILE] [--records FOLDER]
+    python -m benchmarks.twins [--cases CASE ...] [--workers 7] [--within 150] [--json FILE] [--records FOLDER]
 
 ``--records`` keeps both histories. What the folder holds already is not run again: with the records of a GPU in it,
 the virtual side can be run anew where there is none.
@@ -40,8 +40,8 @@ from benchmarks.records import as_text, file_for
 from benchmarks.twin_cases import CASES, Case
 from benchmarks.twin_sides import SIDES, file_of, read
 
-WITHIN_S = 180.0
-DEADLINE_S = 150.0
+WITHIN_S = 150.0
+DEADLINE_S = 100.0
 _POLL_S = 0.05
 _SETTINGS = {  # of both sides: one way through torch whatever the user has set, and no process outlives its starter
     "PYTHONHASHSEED": "0",

@@ -102,7 +102,8 @@ class Server:
 
     def __init__(self, environment: Mapping[str, str], paths: Mapping[str, Any]) -> None:
         self.environment, self.paths = environment, paths
-        self.is_host = self.makes_many = self._is_closed = False  # when closed, its number may be another's
+        self.is_host = self.makes_many = False  # until it has a job, and says so
+        self._is_closed = False  # when it is, its number may be another's
         self._answer_within_s = ANSWER_WITHIN_S
         self.channel, theirs = socket.socketpair()
         root = str(Path(autobatch.__file__).parent.parent)

@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from autobatch.cli import main
+from autobatch.probe import finder
 from autobatch.probe.processes import Server
 from autobatch.result import BatchSizeResult
 
@@ -83,12 +84,13 @@ def children() -> set[int]:
 
 
 @pytest.fixture
-def servers(monkeypatch: pytest.MonkeyPatch) -> list[Server]:
-    """The servers of trials that are started. One that begins before torch is imported is the one that is asked."""
-    made: list[Server] = []
-    start = Server.__init__
-    monkeypatch.setattr(Server, "__init__", lambda self, *args: (made.append(self), start(self, *args))[1])
-    return made
+def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """When servers of trials were started, and searches: the one that begins before the search is what it asks."""
+    told: list[str] = []
+    start, search = Server.__init__, finder.find
+    monkeypatch.setattr(Server, "__init__", lambda self, *args: (told.append("server"), start(self, *args))[1])
+    monkeypatch.setattr(finder, "find", lambda *args, **options: (told.append("search"), search(*args, **options))[1])
+    return told
 
 
 @pytest.fixture(scope="module")
@@ -134,11 +136,11 @@ class TestGPT2OnAnA100ThatIsNotThere:
 
 
 class TestCodes:
-    def test_0_and_the_result_in_json(self, script, tmp_path, servers):
+    def test_0_and_the_result_in_json(self, script, tmp_path, events):
         path = tmp_path / "result.json"
         done = probe(f"{script}:build", "--gpu", "t4", "--max-batch-size", 64, "--json", path)
         assert done.exit_code == 0, done.output
-        assert len(servers) == 1
+        assert events == ["server", "search"]
         result = BatchSizeResult.from_json(path.read_text())
         assert (result.batch_size, result.proof) == (64, "max_batch_size")
 
@@ -216,11 +218,11 @@ def test_with_an_effective_batch_the_trials_hold_gradients_and_the_plan_is_print
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="host memory is limited on Linux alone")
-def test_on_the_host_the_limit_is_named_and_kept(script, servers):
+def test_on_the_host_the_limit_is_named_and_kept(script, events):
     # Narrow layers: much memory for little arithmetic, so that a loaded machine is done with it soon.
     done = probe(f"{script}:narrow", "--device", "cpu", "--memory-limit", "64MiB", "--start", 1024)
     assert done.exit_code == 0, done.output
-    assert len(servers) == 1
+    assert events == ["server", "search"]
     lines = done.stdout.splitlines()
     assert "budget 64 MiB, the limit given" in lines[0]
     # What malloc keeps differs from process to process: a size at the edge may fit once and not again.

@@ -62,7 +62,7 @@ def test_in_another_environment_another_is_made_and_it_ends_with_its_owner(
     assert server_for(JOB, ISOLATION, 1.0) is made[2]
 
 
-def test_one_that_nobody_took_is_a_process_that_has_run_nothing_and_leaves_none() -> None:
+def test_one_that_nobody_took_is_a_process_and_leaves_none() -> None:
     me = psutil.Process()
     with begun(ISOLATION):
         (child,) = [child for child in me.children() if "worker import serve" in " ".join(child.cmdline())]

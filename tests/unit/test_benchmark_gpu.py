@@ -45,7 +45,7 @@ def test_two_gpus_of_one_architecture_needed_the_same() -> None:
 
 
 def untimed(row: dict[str, Any]) -> bool:
-    return not row["case"].endswith(("-compiled", "fp32-benchmark")) and "fp16-benchmark" not in row["case"]
+    return not row["case"].endswith(("-compiled", "-benchmark"))
 
 
 @of_each
@@ -67,7 +67,7 @@ def test_the_catalog_has_what_was_measured_beside_the_allocator(gpu: str) -> Non
     assert card.outside_bytes == pytest.approx(most, abs=1 << 20)
     assert card.multiprocessors == results["memory"]["multiprocessors"]
     # The lowest total that any driver has reported.
-    assert 0.998 < card.total_bytes / results["memory"]["torch_total"] <= 1
+    assert 0.999 < card.total_bytes / results["memory"]["torch_total"] <= 1
 
 
 def test_every_file_becomes_a_table() -> None:
