@@ -50,6 +50,14 @@ class Chosen:
             say(Console(), line)
         return place
 
+    def server_ahead(self, workload: Target | Command, place: Device) -> AbstractContextManager[None]:
+        """Inside, the process of the trials imports torch as this one is about to, and serves every search."""
+        from autobatch.probe.ahead import begun
+
+        if isinstance(workload, Command) or present_job().size > 1:
+            return nullcontext()
+        return begun(place.isolation(), many=True)
+
     def search(self, workload: Target | Command, place: Device, *, first_guess: int | None = None) -> BatchSizeResult:
         """Searches, shows each trial as it ends and what came of it."""
         from rich.console import Console
@@ -60,7 +68,7 @@ class Chosen:
         # Lines, where a command's own output comes between: it would tear a table that is drawn in place.
         is_verbose = isinstance(workload, Command) and workload.verbose
         console = Console(force_terminal=False if is_verbose else None)
-        with display_for(console, identify(place)) as display, _server_ahead(workload, place):
+        with display_for(console, identify(place)) as display:
             with without_collections():
                 from autobatch.probe.finder import find  # imports torch, so the device is shown first
 
@@ -76,15 +84,6 @@ class Chosen:
         for line in closing_lines(shown, plan):
             say(console, line)
         return result
-
-
-def _server_ahead(workload: Target | Command, place: Device) -> AbstractContextManager[None]:
-    """Inside, the process of the trials imports torch, as this one is about to."""
-    from autobatch.probe.ahead import begun
-
-    if isinstance(workload, Command) or present_job().size > 1:
-        return nullcontext()
-    return begun(place.isolation())
 
 
 def _warnings(workload: Target | Command) -> tuple[str, ...]:

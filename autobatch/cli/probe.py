@@ -262,7 +262,9 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 def _one(chosen: Chosen, workload: Target | Command, plot_path: Path | None) -> str:
-    result = chosen.search(workload, chosen.place(workload))
+    place = chosen.place(workload)
+    with chosen.server_ahead(workload, place):
+        result = chosen.search(workload, place)
     if plot_path is not None:
         from autobatch.report.plot import plot_result
 
@@ -272,7 +274,8 @@ def _one(chosen: Chosen, workload: Target | Command, plot_path: Path | None) -> 
 
 def _several(chosen: Chosen, targets: list[Target], sweep: Sweep, plot_path: Path | None) -> str:
     place = chosen.place(targets[0])
-    points = run_sweep(sweep, targets, lambda target, guess: chosen.search(target, place, first_guess=guess))
+    with chosen.server_ahead(targets[0], place):
+        points = run_sweep(sweep, targets, lambda target, guess: chosen.search(target, place, first_guess=guess))
     if plot_path is not None:
         plot_sweep(sweep, points, targets[0].title, plot_path)
     return sweep_json(sweep, points)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import autobatch
 from autobatch.device.oom import Tier, classify_exit
 from autobatch.errors import WorkloadFailedError
-from autobatch.probe.worker import NUMBER, Failure, Job, SignatureRequest
+from autobatch.probe.worker import FORK, NEXT_JOB, NUMBER, Failure, Job, SignatureRequest
 from autobatch.result import Trial
 
 if TYPE_CHECKING:  # a server can be started before torch is imported here
@@ -104,6 +104,8 @@ class Server:
         self.environment, self.paths = environment, paths
         self.is_host = self.makes_many = False  # until it has a job, and says so
         self._is_closed = False  # when it is, its number may be another's
+        self._has_job = False
+        self._is_at_rest = False  # it has made workers, or could, and the last one is gone
         self._answer_within_s = ANSWER_WITHIN_S
         self.channel, theirs = socket.socketpair()
         root = str(Path(autobatch.__file__).parent.parent)
@@ -123,9 +125,22 @@ class Server:
             raise
 
     def give(self, job: Job, answer_within_s: float) -> None:
-        """Tells what its workers are to do, once."""
+        """Tells what its workers are to do. Another time only where it ``can_go_on``."""
         self.is_host, self._answer_within_s = job.device == "cpu", answer_within_s
+        if self._has_job:
+            with contextlib.suppress(ConnectionError):
+                self.channel.sendall(NEXT_JOB)
+        self._has_job, self._is_at_rest = True, False
         self._tell(job)
+
+    @property
+    def lives(self) -> bool:
+        return not self._is_closed and self.process.poll() is None
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether it can be given another job: it lives, and has no worker."""
+        return self.lives and self._is_at_rest
 
     def _tell(self, message: object) -> None:
         with Connection(os.dup(self.channel.fileno())) as talk, contextlib.suppress(ConnectionError):
@@ -142,16 +157,22 @@ class Server:
         except BaseException:
             self.close()
             raise
+        self._is_at_rest = self.makes_many
 
     def start_worker(self) -> tuple[int, Connection]:
+        self._is_at_rest = False
         ours, theirs = socket.socketpair()
         with theirs:
-            socket.send_fds(self.channel, [b"f"], [theirs.fileno()])
+            socket.send_fds(self.channel, [FORK], [theirs.fileno()])
         connection = Connection(ours.detach())
         return (self._read_number() if self.makes_many else self.process.pid), connection
 
     def wait_status(self) -> int:
-        return self._read_number() if self.makes_many else _as_wait_status(self.process.wait())
+        if not self.makes_many:
+            return _as_wait_status(self.process.wait())
+        status = self._read_number()
+        self._is_at_rest = True
+        return status
 
     def close(self) -> None:
         self.channel.close()

@@ -7,6 +7,7 @@ and runs trials until it is told to end, loses its prober, or is lost itself.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import importlib
@@ -18,7 +19,7 @@ import struct
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing import spawn
 from multiprocessing.connection import Connection
@@ -33,6 +34,7 @@ if TYPE_CHECKING:  # a server imports torch when it is told to, not before
     from autobatch.probe.executor import LocalExecutor
 
 NUMBER = struct.Struct("q")  # what the server writes to its socket: a worker's pid, then how it ended
+FORK, NEXT_JOB = b"f", b"j"  # what it is told there: the first comes with the worker's own socket
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _TRIED_WITHIN_S = 2.0  # a parallel operator takes milliseconds, or for ever
 
@@ -88,27 +90,43 @@ class Failure:
 def serve(descriptor: int) -> None:
     """The server: imports, says that it is ready, and forks a worker for each socket it is handed.
 
-    It is told first where modules are found, and its job later: of the user's nothing runs before that.
+    It is told first where modules are found, and its job later: of the user's nothing runs before that. Another job may
+    follow when the workers of the last one are gone.
     """
     end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the prober's to handle; it ends us
     channel = socket.socket(fileno=descriptor)
     talk = Connection(os.dup(descriptor))
-    try:
+    with _raised_by_the_prober(talk):
         spawn.prepare(talk.recv())
         _import_torch()
-        job = _next_job(talk)
-        builder = _import(job)
-    except BaseException as exc:  # noqa: BLE001 - it is raised again, by the prober
+    goes_on = True
+    while goes_on:
+        with _raised_by_the_prober(talk):
+            job = _next_job(talk)
+            builder = _import(job)
+        gc.freeze()  # what is imported is not garbage: each collection in a worker is spared looking at it
+        fork_is_safe = _fork_is_safe()
+        talk.send(fork_is_safe)
+        goes_on = _serve_job(channel, builder, job, fork_is_safe)
+
+
+@contextlib.contextmanager
+def _raised_by_the_prober(talk: Connection) -> Iterator[None]:
+    """An exception inside ends this process, and is raised again where its prober waits for an answer."""
+    try:
+        yield
+    except BaseException as exc:  # noqa: BLE001 - whatever the user's module raises
         talk.send(portable(exc))
-        return
-    gc.freeze()  # what is imported is not garbage: each collection in a worker is spared looking at it
-    fork_is_safe = _fork_is_safe()
-    talk.send(fork_is_safe)
+        sys.exit(0)
+
+
+def _serve_job(channel: socket.socket, builder: Callable[..., Any], job: Job, fork_is_safe: bool) -> bool:
+    """Makes a worker for each socket it is handed. Returns whether there will be another job."""
     while True:
         message, descriptors, _, _ = socket.recv_fds(channel, 1, 1)
-        if not message:
-            return  # the prober is done
+        if message != FORK:
+            return message == NEXT_JOB
         server = os.getpid() if fork_is_safe else None
         pid = os.fork() if fork_is_safe else 0
         if pid == 0:
