@@ -12,7 +12,7 @@ from autobatch.cli.accumulation import planned
 from autobatch.cli.errors import workload_errors
 from autobatch.cli.ranks import present_job
 from autobatch.cli.targets import Target
-from autobatch.imports import without_collections
+from autobatch.imports import imports_of_a_command
 from autobatch.probe.command import Command
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class Chosen:
         is_verbose = isinstance(workload, Command) and workload.verbose
         console = Console(force_terminal=False if is_verbose else None)
         with display_for(console, identify(place)) as display:
-            with without_collections():
+            with imports_of_a_command():
                 from autobatch.probe.finder import find  # imports torch, so the device is shown first
 
             with workload_errors(self.ctx):

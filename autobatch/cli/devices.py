@@ -10,6 +10,7 @@ import click
 
 from autobatch.cli.errors import traceback_option
 from autobatch.cli.tables import print_table
+from autobatch.imports import imports_of_a_command
 from autobatch.units import format_bytes
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ def devices(virtual: bool, as_json: bool) -> None:
             print_table(_catalog_table(cards()))
             click.echo("outside: what a process takes beside torch's allocator. Your own: memory=24GiB,capability=8.6")
         return
-    found, torch_view = local_devices(), torch_versions()
+    with imports_of_a_command():
+        found, torch_view = local_devices(), torch_versions()
     if as_json:
         click.echo(json.dumps({"devices": [_plain(info) for info in found], "torch": torch_view}, indent=2))
         return
