@@ -136,7 +136,8 @@ class _TorchFinder:
         def exec_module(module: ModuleType) -> None:
             if self._request["fraction"] is not None:
                 _limit_allocator(self._request["fraction"])
-            execute(module)
+            with load("imports").without_collections():
+                execute(module)
             # Only now, for a finder is also asked by those who want to know whether there is a torch.
             sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not self]
             load("hook/training").attach(module, self._request)

@@ -172,6 +172,15 @@ def test_the_limit_is_added_to_what_the_command_tells_the_allocator_itself(trial
     assert trial(code).stdout == told + "\n"
 
 
+@pytest.mark.parametrize("command", ["pass", "gc.disable()"])
+def test_nothing_is_collected_while_torch_is_imported_and_then_as_before(trial, command):
+    (trial.folder.parent / "modules" / "torch" / "__init__.py").write_text("import gc; print(gc.isenabled())")
+    # The stand-in for torch has no optimizers to attach to.
+    done = trial(f"import gc; {command}; print(gc.isenabled())\ntry: import torch\nfinally: print(gc.isenabled())")
+    before, inside, after = done.stdout.split()
+    assert (inside, after) == ("False", before)
+
+
 @pytest.mark.parametrize(
     ("code", "tier"),
     [
