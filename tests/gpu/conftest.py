@@ -4,9 +4,21 @@ from __future__ import annotations
 
 import gc
 
+from collections.abc import Iterator
+
 import pytest
 
 from autobatch.units import GIB, MIB
+from tests.gpu.machines import Forks, Machine
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Programs on virtual GPUs that find torch imported: ``forks.run(code, **machine.environment())``."""
+    folder = tmp_path_factory.mktemp("forks")
+    forks = Forks(folder, Machine(folder).environment())
+    yield forks
+    forks.close()
 
 
 @pytest.fixture

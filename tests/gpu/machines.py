@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from autobatch.units import GIB
@@ -33,6 +35,62 @@ def in_new_process(code: str) -> str:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+FORKING = """
+import json, os, signal, sys
+exec(sys.argv[1])
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        break
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+else:
+    sys.exit()
+signal.alarm(250)
+code, arguments, variables, output, errors = json.loads(line)
+for number, path in enumerate([os.devnull, output, errors]):
+    os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
+os.environ.update(variables)
+sys.argv = ["-c", *arguments]
+exec(code)  # here, so that what it leaves goes as that of any program does
+"""
+
+
+class Forks:
+    """Programs as forks of a process that has run ``beginning`` and no more.
+
+    Importing torch takes seconds, and while no GPU was used, forks are as good as processes of their own: each has the
+    GPUs that its own variables name.
+    """
+
+    def __init__(self, folder: Path, variables: Mapping[str, str], beginning: str = "import torch") -> None:
+        self._folder, self._variables, self._beginning = folder, dict(variables), beginning
+        self._process: subprocess.Popen[str] | None = None
+
+    def run(self, code: str, *arguments: str, **variables: str) -> str:
+        """What ``code`` prints. Fails with its own words if it fails."""
+        returncode, out, err = self.outcome(code, *arguments, **variables)
+        assert returncode == 0, err[-3000:]
+        return out
+
+    def outcome(self, code: str, *arguments: str, **variables: str) -> tuple[int, str, str]:
+        """The exit code of ``code``, what it printed and its standard error."""
+        if self._process is None:
+            command = [sys.executable, "-W", "ignore", "-c", FORKING, self._beginning]
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+            self._process = subprocess.Popen(command, env=self._variables, text=True, **pipes)
+        output, errors = self._folder / "output", self._folder / "errors"
+        for file in output, errors:
+            file.write_text("")
+        request = json.dumps([code, arguments, variables, str(output), str(errors)])
+        print(request, file=self._process.stdin, flush=True)
+        returncode = int(self._process.stdout.readline())
+        return returncode, output.read_text(), errors.read_text()
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.communicate(timeout=60)
 
 
 class Machine:

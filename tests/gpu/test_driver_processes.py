@@ -69,9 +69,9 @@ embedding(torch.zeros(4000, dtype=torch.long, device="cuda")).sum().backward()
 
 
 @pytest.mark.parametrize("capability", sorted({card.capability for card in cards() if card.capability >= (7, 5)}))
-def test_kernels_are_launched_on_every_capability_of_the_catalog(tmp_path, capability):
+def test_kernels_are_launched_on_every_capability_of_the_catalog(forks, tmp_path, capability):
     """CUB looks up how, by the architecture of the code that a card loads, which for 8.9 is that for 8.6."""
-    out = Machine(tmp_path, capability=capability).run("-W", "ignore", "-c", KERNELS)
+    out = forks.run(KERNELS, **Machine(tmp_path, capability=capability).environment())
     assert out == f"{capability} 3 torch.Size([0, 1]) 50000\n"
 
 
@@ -202,7 +202,7 @@ print(len({address for _, address in blocks} | set(addresses[1::2])), {error for
     assert run(machine, code) == "True\n3002 {0}\n"
 
 
-def test_a_gpu_that_does_not_answer_is_no_failure_of_the_workload(machine):
+def test_a_gpu_that_does_not_answer_is_no_failure_of_the_workload(forks, machine):
     code = """
 import resource, torch
 from autobatch.device.cuda import CudaDevice
@@ -214,7 +214,7 @@ try:
 except DeviceError as error:
     print(error)
 """
-    assert machine.run("-c", code).startswith("cuda:0 cannot be used: CUDA error: OS call failed")
+    assert forks.run(code, **machine.environment()).startswith("cuda:0 cannot be used: CUDA error: OS call failed")
 
 
 def test_too_little_address_space_is_a_clear_error_and_no_lack_of_memory(machine):
@@ -338,8 +338,8 @@ for name in list(things):
 """
 
 
-def test_a_forked_child_takes_its_parents_objects_apart(machine):
-    machine.run("-c", TAKEN_APART)
+def test_a_forked_child_takes_its_parents_objects_apart(forks, machine):
+    forks.run(TAKEN_APART, **machine.environment())
 
 
 def test_launches_that_no_card_can_do_are_refused_as_such(machine):
