@@ -34,14 +34,15 @@ except torch.OutOfMemoryError:
 """
 
 
-@pytest.fixture
-def gpu(monkeypatch):
+@pytest.fixture(scope="module")
+def gpu():
     # The present session may have a virtual GPU itself; this one is another.
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    return VirtualGPU(CARD)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        yield VirtualGPU(CARD)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def holder(gpu):
     """A process that holds half of the card."""
     environment = os.environ | gpu.isolation().environment
@@ -53,17 +54,19 @@ def holder(gpu):
         process.stdin.close()
 
 
-def look(gpu):
-    environment = os.environ | gpu.isolation().environment
-    done = subprocess.run(
-        [sys.executable, "-c", LOOKS], env=environment, capture_output=True, text=True, timeout=120, check=True
-    )
-    free, processes, outcome = done.stdout.splitlines()
-    return [int(word) for word in free.split()], eval(processes), outcome
+@pytest.fixture
+def look(forks, gpu):
+    """What another process sees on the card."""
+
+    def look():
+        free, processes, outcome = forks.run(LOOKS, **gpu.isolation().environment).splitlines()
+        return [int(word) for word in free.split()], eval(processes), outcome
+
+    return look
 
 
-def test_one_holds_half_and_the_other_sees_it(gpu, holder):
-    free, processes, outcome = look(gpu)
+def test_one_holds_half_and_the_other_sees_it(holder, look):
+    free, processes, outcome = look()
     left = 40 * 1024 - 20 * 1024 - 2 * 512
     assert free == [left, left]
     assert processes.pop(holder.pid) == 20 * 1024 + 512
@@ -84,10 +87,11 @@ def test_another_object_can_be_the_same_card(gpu, holder):
     assert VirtualGPU(CARD).info().free_bytes == 40 * GIB
 
 
-def test_a_killed_process_gives_its_bytes_back(gpu, holder):
+def test_a_killed_process_gives_its_bytes_back(gpu, holder, look):
+    """The last test of the file: the process that holds half was there for all of them."""
     holder.send_signal(signal.SIGKILL)
     holder.wait()
-    free, processes, outcome = look(gpu)
+    free, processes, outcome = look()
     assert free == [40 * 1024 - 512] * 2
     assert list(processes.values()) == [512]
     assert outcome == "fits"
