@@ -48,11 +48,13 @@ for line in sys.stdin:
 else:
     sys.exit()
 signal.alarm(250)
-code, arguments, variables, output, errors = json.loads(line)
+__file__, arguments, variables, output, errors = json.loads(line)
 for number, path in enumerate([os.devnull, output, errors]):
     os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
 os.environ.update(variables)
-sys.argv = ["-c", *arguments]
+sys.argv = [__file__, *arguments]
+with open(__file__) as file:
+    code = compile(file.read(), __file__, "exec")
 exec(code)
 sys.stdout.flush()
 os._exit(0)  # to take all that was imported apart is a second's work; whoever wants that raises SystemExit
@@ -82,11 +84,11 @@ class Forks:
             command = [sys.executable, "-W", "ignore", "-c", FORKING, self._beginning]
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
             self._process = subprocess.Popen(command, env=self._variables, text=True, **pipes)
-        output, errors = self._folder / "output", self._folder / "errors"
-        for file in output, errors:
-            file.write_text("")
-        request = json.dumps([code, arguments, variables, str(output), str(errors)])
-        print(request, file=self._process.stdin, flush=True)
+        program, output, errors = files = [self._folder / name for name in ("program.py", "output", "errors")]
+        for file, text in zip(files, (code, "", ""), strict=True):
+            file.write_text(text)
+        request = [str(program), arguments, variables, str(output), str(errors)]
+        print(json.dumps(request), file=self._process.stdin, flush=True)
         returncode = int(self._process.stdout.readline())
         return returncode, output.read_text(), errors.read_text()
 

@@ -1,4 +1,7 @@
-"""What ``attach`` does to a process and its children. Each test has a process of its own, without a GPU before."""
+"""What ``attach`` does to a process and its children. Each test has a process of its own, without a GPU before.
+
+Where it is enough that a GPU was attached and torch imported, that process is a fork of one that has done both.
+"""
 
 import os
 import subprocess
@@ -10,6 +13,7 @@ from platformdirs import user_cache_path
 
 from autobatch.units import GIB, MIB
 from autobatch.virtual.catalog import find_card
+from tests.gpu.machines import Forks
 
 pytestmark = pytest.mark.gpu
 
@@ -17,18 +21,37 @@ _OURS = ("AUTOBATCH_VIRTUAL_STATE", "LD_PRELOAD", "LD_LIBRARY_PATH", "TRITON_LIB
 CARD = "memory=8GiB,capability=8.6,outside=256MiB,name=mine"
 
 
-def run(code, tmp_path, *arguments, check=True, **variables):
+def clean_environment(**variables):
+    return {name: value for name, value in os.environ.items() if name not in _OURS} | variables
+
+
+def run(code, tmp_path, **variables):
     """What ``code`` prints, run as a file in a process that has no virtual GPU yet."""
     path = tmp_path / "program.py"
     path.write_text(textwrap.dedent(code))
-    environment = {name: value for name, value in os.environ.items() if name not in _OURS} | variables
-    command = [sys.executable, str(path), *arguments]
+    environment = clean_environment(**variables)
+    command = [sys.executable, str(path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0 or not check, done.stderr
-    return done.stdout if check else done
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
-def test_torch_sees_the_card_of_the_catalog(tmp_path):
+@pytest.fixture(scope="module")
+def attached(tmp_path_factory):
+    """What code prints where three cards are attached as ``gpu`` and torch is imported."""
+    beginning = f"""
+from autobatch.virtual.device import VirtualGPU
+gpu = VirtualGPU({CARD!r}, count=3, memory_limit_bytes=4 << 30).attach()
+import torch
+"""
+    forks = Forks(tmp_path_factory.mktemp("attached"), clean_environment(), beginning)
+    yield lambda code, **variables: forks.run(textwrap.dedent(code), **variables)
+    forks.close()
+
+
+@pytest.fixture(scope="module")
+def a_program(tmp_path_factory):
+    """What a program prints that attaches a card of the catalog, and what is where states are kept when it has ended."""
     code = """
         from autobatch.virtual.device import VirtualGPU
         VirtualGPU("a100-40gb").attach()
@@ -37,19 +60,25 @@ def test_torch_sees_the_card_of_the_catalog(tmp_path):
         print(p.name, p.total_memory, p.major, p.minor, p.multi_processor_count, sep="|")
         free, total = torch.cuda.mem_get_info()
         print(total - free)
+        torch.empty(1, device="cuda")
     """
+    folder, runtime = tmp_path_factory.mktemp("program"), tmp_path_factory.mktemp("runtime")
+    return run(code, folder, XDG_RUNTIME_DIR=str(runtime)), list(runtime.iterdir())
+
+
+def test_torch_sees_the_card_of_the_catalog(a_program):
     card = find_card("a100-40gb")
-    properties, outside = run(code, tmp_path).splitlines()
+    properties, outside = a_program[0].splitlines()
     assert properties == f"{card.title}|{card.total_bytes}|8|0|108"
     assert int(outside) == card.outside_bytes
 
 
-def test_out_of_memory_is_torchs_own(tmp_path):
+def test_the_state_is_removed_at_the_end(a_program):
+    assert a_program[1] == []
+
+
+def test_out_of_memory_is_torchs_own(attached):
     code = """
-        import sys
-        from autobatch.virtual.device import VirtualGPU
-        VirtualGPU(sys.argv[1]).attach()
-        import torch
         kept = torch.empty(7 << 30, dtype=torch.uint8, device="cuda")
         try:
             torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
@@ -57,15 +86,12 @@ def test_out_of_memory_is_torchs_own(tmp_path):
             print(str(error).split(".")[0])
         print(torch.cuda.memory_stats()["num_ooms"])
     """
-    assert run(code, tmp_path, CARD).splitlines() == ["CUDA out of memory", "1"]
+    assert attached(code).splitlines() == ["CUDA out of memory", "1"]
 
 
-def test_nvml_tells_the_same(tmp_path):
+def test_nvml_tells_the_same(attached):
     code = """
-        import os, sys
-        from autobatch.virtual.device import VirtualGPU
-        VirtualGPU(sys.argv[1]).attach()
-        import pynvml, torch
+        import os, pynvml
         torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByIndex(0)
@@ -74,22 +100,18 @@ def test_nvml_tells_the_same(tmp_path):
         print(pynvml.nvmlDeviceGetUUID(handle) == f"GPU-{torch.cuda.get_device_properties(0).uuid}")
     """
     used = GIB + 256 * MIB
-    assert run(code, tmp_path, CARD).splitlines() == [f"{used} True {used}", "True"]
+    assert attached(code).splitlines() == [f"{used} True {used}", "True"]
 
 
-def test_several_cards_in_one_process(tmp_path):
+def test_several_cards_in_one_process(attached):
     code = """
-        import sys
-        from autobatch.virtual.device import VirtualGPU
-        VirtualGPU(sys.argv[1], count=3).attach()
-        import torch
         print(torch.cuda.device_count(), len({str(torch.cuda.get_device_properties(i).uuid) for i in range(3)}))
         kept = [torch.empty(6 << 30, dtype=torch.uint8, device=f"cuda:{i}") for i in range(3)]
         print([torch.cuda.memory_reserved(i) >> 30 for i in range(3)])
         moved = torch.ones(4, device="cuda:1").to("cuda:2")
         print(moved.device)
     """
-    assert run(code, tmp_path, CARD).splitlines() == ["3 3", "[6, 6, 6]", "cuda:2"]
+    assert attached(code).splitlines() == ["3 3", "[6, 6, 6]", "cuda:2"]
 
 
 @pytest.mark.parametrize(
@@ -151,24 +173,10 @@ def test_a_process_that_inherited_one_from_behind_a_link_knows_it(tmp_path):
     assert done.startswith("True this process has virtual GPUs already")
 
 
-def test_the_state_is_removed_at_the_end(tmp_path):
-    code = """
-        from autobatch.virtual.device import VirtualGPU
-        VirtualGPU("t4").attach()
-        import torch
-        torch.empty(1, device="cuda")
-    """
-    runtime = tmp_path / "runtime"
-    runtime.mkdir()
-    run(code, tmp_path, XDG_RUNTIME_DIR=str(runtime))
-    assert list(runtime.iterdir()) == []
-
-
 @pytest.mark.parametrize("method", ["spawn", "fork"])
-def test_children_have_the_same_card(tmp_path, method):
+def test_children_have_the_same_card(attached, method):
     code = f"""
-        import multiprocessing, sys
-        from autobatch.virtual.device import VirtualGPU
+        import multiprocessing
 
         def free(queue):
             import torch
@@ -176,25 +184,21 @@ def test_children_have_the_same_card(tmp_path, method):
             queue.put(torch.cuda.mem_get_info()[0])
 
         if __name__ == "__main__":
-            VirtualGPU({CARD!r}).attach()
             context = multiprocessing.get_context({method!r})
             queue = context.Queue()
             child = context.Process(target=free, args=(queue,))
             child.start()
             in_child = queue.get()
             child.join()
-            import torch
             print(in_child >> 20, torch.cuda.mem_get_info()[0] >> 20)
     """
     # The child's context and tensor are gone when the parent looks, and the parent's own context has come.
-    assert run(code, tmp_path).split() == [str(8192 - 256 - 1024), str(8192 - 256)]
+    assert attached(code).split() == [str(8192 - 256 - 1024), str(8192 - 256)]
 
 
-def test_triton_finds_the_driver(tmp_path):
-    code = f"""
-        from autobatch.virtual.device import VirtualGPU
-        VirtualGPU({CARD!r}).attach()
-        import torch, triton
+def test_triton_finds_the_driver(attached, tmp_path):
+    code = """
+        import triton
         import triton.language as tl
 
         @triton.jit
@@ -205,17 +209,14 @@ def test_triton_finds_the_driver(tmp_path):
         x = torch.zeros(1024, device="cuda")
         print(double[(8,)](x, 1024, BLOCK=128).metadata.target.arch)
     """
-    assert run(code, tmp_path, TRITON_CACHE_DIR=str(tmp_path / "cache")) == "86\n"
+    assert attached(code, TRITON_CACHE_DIR=str(tmp_path / "cache")) == "86\n"
 
 
-def test_cuda_visible_devices_is_honoured(tmp_path):
+def test_cuda_visible_devices_is_honoured(attached):
     code = """
         import os
-        from autobatch.virtual.device import VirtualGPU
         from autobatch.virtual.state import read_state
-        gpu = VirtualGPU("t4", count=2).attach()
         uuids = [card.uuid for card in read_state(gpu.state_path)]
-        import torch
 
         def seen(visible):
             os.environ["CUDA_VISIBLE_DEVICES"] = visible
@@ -228,7 +229,7 @@ def test_cuda_visible_devices_is_honoured(tmp_path):
                 os._exit(0)
             os.wait()
     """
-    assert run(code, tmp_path).splitlines() == [
+    assert attached(code).splitlines() == [
         "'1' [1]",
         "'1,0' [1, 0]",
         "'' []",
@@ -238,13 +239,10 @@ def test_cuda_visible_devices_is_honoured(tmp_path):
     ]
 
 
-def test_the_attached_device_measures(tmp_path):
-    code = f"""
+def test_the_attached_device_measures(attached):
+    code = """
         from autobatch.device.base import Device
-        from autobatch.virtual.device import VirtualGPU
-        gpu = VirtualGPU({CARD!r}, memory_limit_bytes=4 << 30).attach()
         assert isinstance(gpu, Device) and not gpu.isolation().required
-        import torch
         gpu.reset_peaks()
         x = torch.empty(3 << 30, dtype=torch.uint8, device=gpu.torch_device)
         m = gpu.measure()
@@ -257,4 +255,4 @@ def test_the_attached_device_measures(tmp_path):
             except torch.OutOfMemoryError:
                 print("restricted")
     """
-    assert run(code, tmp_path).splitlines() == ["3072 3328 3072 4096", "True 3328 ()", "restricted"]
+    assert attached(code).splitlines() == ["3072 3328 3072 4096", "True 3328 ()", "restricted"]
