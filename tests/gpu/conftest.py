@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 
 from collections.abc import Iterator
@@ -33,12 +34,24 @@ def little_memory():
 
 @pytest.fixture
 def card_of_24_gb():
-    """A card of 24 GiB, as far as this process goes."""
+    with card_of(24 * GIB):
+        yield
+
+
+@pytest.fixture
+def card_of_2_gb():
+    with card_of(2 * GIB):
+        yield
+
+
+@contextlib.contextmanager
+def card_of(size_bytes: int) -> Iterator[None]:
+    """A card of that size, as far as this process goes."""
     import torch  # not before a virtual GPU is attached
 
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(min(1.0, 24 * GIB / total))
+    torch.cuda.set_per_process_memory_fraction(min(1.0, size_bytes / total))
     yield
     torch.cuda.set_per_process_memory_fraction(1.0)
     torch.cuda.empty_cache()

@@ -22,6 +22,7 @@ import autobatch
 from autobatch.integrations.accelerate import find_executable_batch_size
 from autobatch.probe.state import fingerprint
 from autobatch.units import GIB
+from tests.gpu.gpt2 import SIZES, gpt2
 from tests.gpu.machines import in_new_process, ooms
 
 pytestmark = pytest.mark.gpu
@@ -43,10 +44,10 @@ def _no_accelerator_of_another_test() -> Iterator[None]:
     torch.cuda.empty_cache()
 
 
-def test_gpt2_at_1024_trains_at_what_was_found_and_not_at_more(card_of_24_gb: None) -> None:
-    transformers = pytest.importorskip("transformers")
+@pytest.mark.parametrize("size", SIZES)
+def test_gpt2_at_1024_trains_at_what_was_found_and_not_at_more(card_of_24_gb: None, size: str) -> None:
     accelerator = Accelerator(mixed_precision="bf16")
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(use_cache=False))
+    model = gpt2(size)
     rows = [{"input_ids": torch.zeros(1024, dtype=torch.long), "labels": torch.zeros(1024, dtype=torch.long)}]
     loader = DataLoader(rows * (2 * EFFECTIVE), EFFECTIVE, shuffle=True)
     model, optimizer, loader = accelerator.prepare(model, torch.optim.AdamW(model.parameters()), loader)

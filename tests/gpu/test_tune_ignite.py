@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 import autobatch
 from autobatch.integrations.ignite import AutoBatch, update
 from autobatch.probe.state import fingerprint
+from tests.gpu.gpt2 import SIZES, gpt2
 from tests.gpu.machines import ooms
 
 pytestmark = pytest.mark.gpu
@@ -86,17 +87,17 @@ def test_resnet50_with_its_own_step_trains_at_what_was_found_and_not_at_more() -
 class Loss(nn.Module):
     """GPT-2 that takes its ids and returns its loss."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: str) -> None:
         super().__init__()
-        transformers = pytest.importorskip("transformers")
-        self.model = transformers.GPT2LMHeadModel(transformers.GPT2Config(use_cache=False))
+        self.model = gpt2(size)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         return self.model(input_ids=ids, labels=ids).loss
 
 
-def test_gpt2_at_1024_trains_in_windows_of_64_without_running_out() -> None:
-    model = Loss().cuda()
+@pytest.mark.parametrize("size", SIZES)
+def test_gpt2_at_1024_trains_in_windows_of_64_without_running_out(size: str) -> None:
+    model = Loss(size).cuda()
     optimizer = torch.optim.AdamW(model.parameters())
     accumulator = autobatch.Accumulator(model, optimizer, micro_batch_size=1, precision="bf16", max_grad_norm=1.0)
     engine, loader = Engine(update(accumulator)), DataLoader(torch.zeros(128, 1024, dtype=torch.long), 4)

@@ -1,4 +1,4 @@
-"""tune() and the callback AutoBatch for Lightning on a GPU of 24 GB: ResNet-50 with a scaler, GPT-2 at 1024 in DDP."""
+"""tune() and the callback AutoBatch for Lightning on a GPU: a ResNet with a scaler, GPT-2 at 1024 in DDP."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ import autobatch
 from autobatch.integrations.lightning import AutoBatch
 from autobatch.probe.state import fingerprint
 from autobatch.units import MIB
+from tests.gpu.gpt2 import SIZES, gpt2
 from tests.gpu.machines import in_new_process, ooms
 from tests.gpu.values import room_for, warm
 
@@ -57,19 +58,19 @@ class Images(Dataset[Any]):
         return index % 10
 
 
-def collated(labels: list[int]) -> tuple[Tensor, Tensor]:
-    """Images travel as bytes."""
-    return torch.zeros(len(labels), 3, 224, 224, dtype=torch.uint8), torch.tensor(labels)
+def images(count: int, batch_size: int, side: int) -> DataLoader[Any]:
+    """They travel as bytes."""
 
+    def collated(labels: list[int]) -> tuple[Tensor, Tensor]:
+        return torch.zeros(len(labels), 3, side, side, dtype=torch.uint8), torch.tensor(labels)
 
-def images(count: int, batch_size: int) -> DataLoader[Any]:
     return DataLoader(Images(count), batch_size, collate_fn=collated)
 
 
 class Classifier(lightning.LightningModule):
-    def __init__(self) -> None:
+    def __init__(self, net: str) -> None:
         super().__init__()
-        self.net = pytest.importorskip("torchvision.models").resnet50()
+        self.net = getattr(pytest.importorskip("torchvision.models"), net)()
         self.sizes: list[int] = []
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
@@ -88,8 +89,18 @@ class Classifier(lightning.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 
 
-def test_resnet50_in_mixed_precision_trains_at_what_was_found_and_not_at_more(card_of_24_gb: None) -> None:
-    module, training, evaluation = Classifier(), images(4096, 8), images(1024, 8)
+@pytest.mark.parametrize(
+    ("net", "side", "card"),
+    [
+        ("resnet18", 112, "card_of_2_gb"),
+        pytest.param("resnet50", 224, "card_of_24_gb", marks=pytest.mark.slow),
+    ],
+)
+def test_a_resnet_in_mixed_precision_trains_at_what_was_found_and_not_at_more(
+    request: pytest.FixtureRequest, net: str, side: int, card: str
+) -> None:
+    request.getfixturevalue(card)
+    module, training, evaluation = Classifier(net), images(4096, 8, side), images(1024, 8, side)
     options = {"precision": "16-mixed", "gradient_clip_val": 1.0, "max_steps": 2, "limit_val_batches": 2}
     trainer = trainer_of(**options)
     scaler = trainer.precision_plugin.scaler
@@ -105,14 +116,13 @@ def test_resnet50_in_mixed_precision_trains_at_what_was_found_and_not_at_more(ca
     trainer.fit(module, training, evaluation)
     assert (trainer.global_step, module.sizes, ooms()) == (2, [found.batch_size] * 2, failures)
     with pytest.raises(torch.OutOfMemoryError):
-        trainer_of(**options).fit(module, images(4096, int(found.batch_size * 1.3)))
+        trainer_of(**options).fit(module, images(4096, int(found.batch_size * 1.3), side))
 
 
 class Writer(lightning.LightningModule):
-    def __init__(self) -> None:
+    def __init__(self, size: str) -> None:
         super().__init__()
-        transformers = pytest.importorskip("transformers")
-        self.net = transformers.GPT2LMHeadModel(transformers.GPT2Config(use_cache=False))
+        self.net = gpt2(size)
 
     def training_step(self, batch: Any, index: int) -> Tensor:
         loss: Tensor = self.net(input_ids=batch[0], labels=batch[0]).loss
@@ -123,11 +133,12 @@ class Writer(lightning.LightningModule):
         return torch.optim.AdamW(self.parameters())
 
 
+@pytest.mark.parametrize("size", SIZES)
 def test_gpt2_at_1024_in_ddp_trains_in_windows_of_64_without_running_out(
-    card_of_24_gb: None, monkeypatch: pytest.MonkeyPatch
+    card_of_24_gb: None, monkeypatch: pytest.MonkeyPatch, size: str
 ) -> None:
     monkeypatch.setattr(os, "environ", os.environ.copy())  # Lightning leaves its rendezvous there
-    module, loader = Writer(), DataLoader(TensorDataset(torch.zeros(128, 1024, dtype=torch.long)), 4)
+    module, loader = Writer(size), DataLoader(TensorDataset(torch.zeros(128, 1024, dtype=torch.long)), 4)
     callback, after = AutoBatch(effective_batch_size=64), After()
     options = {"precision": "bf16-mixed", "strategy": "ddp"}
     trainer = trainer_of(callbacks=[callback, after], **options)

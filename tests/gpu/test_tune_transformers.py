@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import autobatch
 from autobatch.errors import DoesNotFitError
 from autobatch.units import GIB
+from tests.gpu.gpt2 import SIZES, gpt2
 from tests.gpu.machines import ooms
 
 pytestmark = pytest.mark.gpu
@@ -54,10 +55,9 @@ def arguments(folder: Path, **options: Any) -> transformers.TrainingArguments:
     )
 
 
-def gpt2(folder: Path, **options: Any) -> transformers.Trainer:
-    model = transformers.AutoModelForCausalLM.from_config(transformers.GPT2Config(use_cache=False))
+def writing(folder: Path, size: str, **options: Any) -> transformers.Trainer:
     args = arguments(folder, **options)
-    return transformers.Trainer(model, args, train_dataset=Texts(4096), eval_dataset=Texts(64))
+    return transformers.Trainer(gpt2(size), args, train_dataset=Texts(4096), eval_dataset=Texts(64))
 
 
 @pytest.mark.parametrize(
@@ -69,10 +69,11 @@ def gpt2(folder: Path, **options: Any) -> transformers.Trainer:
         ),
     ],
 )
+@pytest.mark.parametrize("size", SIZES)
 def test_gpt2_trains_with_what_was_found_and_runs_out_above(
-    tmp_path: Path, card_of_24_gb: None, options: dict[str, Any]
+    tmp_path: Path, card_of_24_gb: None, size: str, options: dict[str, Any]
 ) -> None:
-    trainer = gpt2(tmp_path, **options)
+    trainer = writing(tmp_path, size, **options)
     result = autobatch.tune(trainer, effective_batch_size=128)
     args, before = trainer.args, ooms()
     trainer.train()
@@ -87,7 +88,7 @@ def test_gpt2_trains_with_what_was_found_and_runs_out_above(
     del trainer
     size = math.ceil(1.2 * result.smallest_failure)  # which may have failed by the headroom alone
     with pytest.raises(torch.OutOfMemoryError):
-        gpt2(tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=4, **options).train()
+        writing(tmp_path, size, per_device_train_batch_size=size, gradient_accumulation_steps=4, **options).train()
 
 
 class Pixels(torch.utils.data.Dataset[Any]):
