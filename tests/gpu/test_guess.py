@@ -32,10 +32,11 @@ pytestmark = pytest.mark.gpu
 
 
 def build(device: str) -> Workload:
+    """Samples are small, to be quickly made on the host, and take much on the GPU."""
     with torch.device(device):
-        model = nn.Sequential(nn.Linear(1024, 4096), nn.GELU(), nn.Linear(4096, 1024))
+        model = nn.Sequential(nn.Linear(64, 4096), nn.GELU(), nn.Linear(4096, 64))
     optimizer = torch.optim.AdamW(model.parameters())
-    return Workload(model, optimizer, nn.functional.mse_loss, lambda n: (torch.zeros(n, 1024), torch.zeros(n, 1024)))
+    return Workload(model, optimizer, nn.functional.mse_loss, lambda n: (torch.zeros(n, 64), torch.zeros(n, 64)))
 
 
 @pytest.fixture
