@@ -97,6 +97,10 @@ class Forks:
             self._process.communicate(timeout=60)
 
 
+MODULE = "import runpy; runpy.run_module({!r}, run_name='__main__')"
+"""A program that is as ``python -m`` of a name."""
+
+
 class Machine:
     def __init__(
         self,

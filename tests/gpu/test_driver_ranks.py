@@ -5,7 +5,7 @@ import json
 import pytest
 
 from autobatch.units import GIB, MIB
-from tests.gpu.machines import Machine
+from tests.gpu.machines import MODULE, Machine
 
 pytestmark = [pytest.mark.gpu, pytest.mark.distributed]
 
@@ -52,10 +52,11 @@ def lines(output):
     return sorted(json.loads(line) for line in output.splitlines() if line.startswith("["))
 
 
-def test_torchrun_gives_each_rank_a_card(machine, tmp_path):
+def test_torchrun_gives_each_rank_a_card(forks, machine, tmp_path):
     script = tmp_path / "train.py"
     script.write_text(TRAIN)
-    output = machine.run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script))
+    torchrun, command = MODULE.format("torch.distributed.run"), ["--standalone", "--nproc_per_node", "2", str(script)]
+    output = forks.run(torchrun, *command, **machine.environment())
     # What the other rank would send is what this one sent.
     assert lines(output) == [[0, 2, 0, [[7, 0], [7, 0]]], [1, 2, 1, [[7, 1], [7, 1]]]]
     for card in machine.state():
@@ -64,10 +65,11 @@ def test_torchrun_gives_each_rank_a_card(machine, tmp_path):
         assert 120 * MIB < process.peak_bytes < GIB
 
 
-def test_accelerate_launch(machine, tmp_path):
+def test_accelerate_launch(forks, machine, tmp_path):
     script = tmp_path / "train.py"
     script.write_text(ACCELERATE)
-    command = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    command = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     command += ["--mixed_precision", "bf16", "--dynamo_backend", "no", "--main_process_port", "0", str(script)]
-    output = machine.run(*command, HF_HOME=str(tmp_path / "hf"))
+    launch = MODULE.format("accelerate.commands.launch")
+    output = forks.run(launch, *command, **machine.environment(HF_HOME=str(tmp_path / "hf")))
     assert lines(output) == [[0, 2, "cuda:0"], [1, 2, "cuda:1"]]

@@ -11,7 +11,7 @@ import pytest
 from autobatch.units import GIB
 from autobatch.virtual.catalog import Card
 from autobatch.virtual.state import create_state
-from tests.gpu.machines import Machine
+from tests.gpu.machines import MODULE, Forks, Machine
 
 pytestmark = [pytest.mark.gpu, pytest.mark.distributed]
 
@@ -45,6 +45,12 @@ def train(model, optimizer, size):
         mse_loss(model(inputs), targets).backward()
         optimizer.step()
         optimizer.zero_grad()
+
+def tell(rank, found):
+    known = {name: found.environment.get(name) for name in ("ranks", "rank_sizes", "trials_in")}
+    peak = torch.cuda.max_memory_reserved()
+    told = [rank, found.batch_size, found.smallest_failure, known, peak, torch.cuda.memory_stats()["num_ooms"]]
+    sys.stdout.write(json.dumps(told) + "\\n")
 """
 LIVE = """
 if __name__ == "__main__":
@@ -52,11 +58,17 @@ if __name__ == "__main__":
     device = f"cuda:{rank}"
     torch.cuda.set_device(rank)
     dist.init_process_group("nccl")
-    model = nn.parallel.DistributedDataParallel(layers(device), device_ids=[rank])
-    optimizer = torch.optim.AdamW(model.parameters())
-    workload = Workload(model, optimizer, mse_loss, pairs)
-    found = find(workload, device=device, per_rank=sys.argv[1] == "per_rank", headroom=0.02)
-    train(model, optimizer, found.batch_size)
+    for way in sys.argv[1:]:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        model = nn.parallel.DistributedDataParallel(layers(device), device_ids=[rank])
+        optimizer = torch.optim.AdamW(model.parameters())
+        workload = Workload(model, optimizer, mse_loss, pairs)
+        found = find(workload, device=device, per_rank=way == "per_rank", headroom=0.02)
+        train(model, optimizer, found.batch_size)
+        tell(rank, found)
+        del model, optimizer, workload
+    dist.destroy_process_group()
 """
 SHARDED = """
 if __name__ == "__main__":
@@ -66,12 +78,7 @@ if __name__ == "__main__":
     dist.destroy_process_group()
     workload = build(f"cuda:{rank}")
     train(workload.model, workload.optimizer, found.batch_size)
-"""
-TELL = """
-    known = {name: found.environment.get(name) for name in ("ranks", "rank_sizes", "trials_in")}
-    peak = torch.cuda.max_memory_reserved()
-    told = [rank, found.batch_size, found.smallest_failure, known, peak, torch.cuda.memory_stats()["num_ooms"]]
-    sys.stdout.write(json.dumps(told) + "\\n")
+    tell(rank, found)
     dist.destroy_process_group()
 """
 
@@ -86,34 +93,51 @@ class Unequal(Machine):
         create_state(self.path, cards)
 
 
-def ranks(folder: Path, script: str, *words: str, sizes: tuple[int, ...] = (24, 16)) -> list[Any]:
+def ranks(forks: Forks, folder: Path, script: str, *words: str, sizes: tuple[int, ...] = (24, 16)) -> list[Any]:
     """What each rank tells, in their order."""
     path = folder / "train.py"
-    path.write_text(BUILD + script + TELL)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(len(sizes)), str(path), *words]
-    output = Unequal(folder, [size * GIB for size in sizes]).run(*launch, OMP_NUM_THREADS="1")
-    return sorted(json.loads(line) for line in output.splitlines() if line.startswith("["))
+    path.write_text(BUILD + script)
+    launch = ["--standalone", "--nproc_per_node", str(len(sizes)), str(path), *words]
+    variables = Unequal(folder, [size * GIB for size in sizes]).environment(OMP_NUM_THREADS="1")
+    output = forks.run(MODULE.format("torch.distributed.run"), *launch, **variables)
+    # Each rank in its order, and all of them in theirs.
+    return sorted((json.loads(line) for line in output.splitlines() if line.startswith("[")), key=lambda told: told[0])
 
 
-@pytest.mark.parametrize("sizes", [(24, 16), pytest.param((24, 24, 16, 24), marks=pytest.mark.slow)])
-def test_ranks_agree_on_what_the_smallest_gpu_fits_and_train_on(tmp_path: Path, sizes: tuple[int, ...]) -> None:
-    found = ranks(tmp_path, LIVE, "agreed", sizes=sizes)
-    assert len(found) == len(sizes)
+@pytest.fixture(scope="module")
+def two(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    """What two unequal ranks tell, by the way in which they agree."""
+    ways = ["agreed", "per_rank"]
+    told = ranks(forks, tmp_path_factory.mktemp("two"), LIVE, *ways)
+    return {way: told[number :: len(ways)] for number, way in enumerate(ways)}
+
+
+def agree_and_train_on(found: list[Any], count: int) -> None:
+    assert len(found) == count
     assert len({(size, failure) for _, size, failure, *_ in found}) == 1
     for _, size, failure, known, peak, _ in found:
         assert size < failure
-        assert (known["ranks"], known["rank_sizes"], known["trials_in"]) == (len(sizes), None, "this process")
+        assert (known["ranks"], known["rank_sizes"], known["trials_in"]) == (count, None, "this process")
         assert 14 * GIB < peak <= 24 * GIB
 
 
-def test_each_rank_has_its_own_size_and_trains_on(tmp_path: Path) -> None:
-    (_, large, _, known, *_), (_, small, _, others, *_) = ranks(tmp_path, LIVE, "per_rank")
+def test_ranks_agree_on_what_the_smallest_gpu_fits_and_train_on(two: dict[str, list[Any]]) -> None:
+    agree_and_train_on(two["agreed"], 2)
+
+
+@pytest.mark.slow
+def test_so_do_four_of_which_one_is_smaller(forks: Forks, tmp_path: Path) -> None:
+    agree_and_train_on(ranks(forks, tmp_path, LIVE, "agreed", sizes=(24, 24, 16, 24)), 4)
+
+
+def test_each_rank_has_its_own_size_and_trains_on(two: dict[str, list[Any]]) -> None:
+    (_, large, _, known, *_), (_, small, _, others, *_) = two["per_rank"]
     assert known["rank_sizes"] == others["rank_sizes"] == [large, small]
     assert large / small == pytest.approx(24 / 16, rel=0.1)
 
 
 @pytest.mark.slow
-def test_sharded_models_agree_in_child_processes(tmp_path: Path) -> None:
-    first, second = ranks(tmp_path, SHARDED)
+def test_sharded_models_agree_in_child_processes(forks: Forks, tmp_path: Path) -> None:
+    first, second = ranks(forks, tmp_path, SHARDED)
     assert first[1:3] == second[1:3]
     assert first[3] == {"ranks": 2, "rank_sizes": None, "trials_in": "child processes of each rank"}

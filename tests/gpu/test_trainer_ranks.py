@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.gpu.machines import Forks
 from tests.gpu.test_find_ranks import ranks
 
 pytestmark = [pytest.mark.gpu, pytest.mark.distributed]
@@ -40,19 +41,18 @@ if __name__ == "__main__":
     parts = [event.window.micro_batches for event in events if event.window]
     sys.stdout.write(json.dumps([rank, report.micro_batch_size, samples, parts, recovered]) + "\\n")
     dist.destroy_process_group()
-    sys.exit()
 """
 
 
-def test_both_train_with_the_size_that_fits_the_smaller(tmp_path: Path) -> None:
-    (_, large, *first), (_, small, *second) = ranks(tmp_path, FIT, "agreed")
+def test_both_train_with_the_size_that_fits_the_smaller(forks: Forks, tmp_path: Path) -> None:
+    (_, large, *first), (_, small, *second) = ranks(forks, tmp_path, FIT, "agreed")
     assert large == small
     assert first == second == [[512, 512], [-(-256 // small)] * 2, 0]
 
 
 @pytest.mark.slow
-def test_each_trains_with_its_own_size_in_as_many_micro_batches(tmp_path: Path) -> None:
-    (_, large, *first), (_, small, *second) = ranks(tmp_path, FIT, "per_rank")
+def test_each_trains_with_its_own_size_in_as_many_micro_batches(forks: Forks, tmp_path: Path) -> None:
+    (_, large, *first), (_, small, *second) = ranks(forks, tmp_path, FIT, "per_rank")
     assert large / small == pytest.approx(24 / 16, rel=0.15)
     assert first == second
     assert (first[0], first[2]) == ([512, 512], 0)
