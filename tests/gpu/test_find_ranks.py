@@ -16,11 +16,12 @@ from tests.gpu.machines import MODULE, Forks, Machine
 pytestmark = [pytest.mark.gpu, pytest.mark.distributed]
 
 BUILD = """
-import json, os, sys, torch, torch.distributed as dist
+import gc, json, os, sys, torch, torch._dynamo, torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import mse_loss
 from autobatch import Workload, find
+
+gc.freeze()  # every trial collects garbage, and what was imported is large and none
 
 def pairs(n):
     device = f"cuda:{torch.cuda.current_device()}"  # on the host it would be real memory
@@ -31,6 +32,7 @@ def layers(device):
         return nn.Sequential(*(nn.TransformerEncoderLayer(1024, 16, 4096, batch_first=True) for _ in range(2)))
 
 def build(device):
+    from torch.distributed.fsdp import fully_shard
     torch.cuda.set_device(device)
     dist.init_process_group("nccl")
     model = layers(device)
@@ -51,6 +53,11 @@ def tell(rank, found):
     peak = torch.cuda.max_memory_reserved()
     told = [rank, found.batch_size, found.smallest_failure, known, peak, torch.cuda.memory_stats()["num_ooms"]]
     sys.stdout.write(json.dumps(told) + "\\n")
+
+def leave():
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # to take all that was imported apart is a second's work
 """
 LIVE = """
 if __name__ == "__main__":
@@ -68,7 +75,7 @@ if __name__ == "__main__":
         train(model, optimizer, found.batch_size)
         tell(rank, found)
         del model, optimizer, workload
-    dist.destroy_process_group()
+    leave()
 """
 SHARDED = """
 if __name__ == "__main__":
@@ -79,7 +86,7 @@ if __name__ == "__main__":
     workload = build(f"cuda:{rank}")
     train(workload.model, workload.optimizer, found.batch_size)
     tell(rank, found)
-    dist.destroy_process_group()
+    leave()
 """
 
 

@@ -40,7 +40,7 @@ if __name__ == "__main__":
     recovered = sum(event.kind == "recovered" for event in events)
     parts = [event.window.micro_batches for event in events if event.window]
     sys.stdout.write(json.dumps([rank, report.micro_batch_size, samples, parts, recovered]) + "\\n")
-    dist.destroy_process_group()
+    leave()
 """
 
 
