@@ -10,7 +10,7 @@ from tests.gpu.machines import Machine
 
 pytestmark = pytest.mark.gpu
 
-SCRIPT = Path(__file__).with_name("run_peaks.py")
+SCRIPT = Path(__file__).with_name("run_peaks.py").read_text()
 RECORDED = json.loads((Path(__file__).parents[1] / "data" / "sketch_peaks.json").read_text())
 GROUPS = [
     "8.0 plain",
@@ -22,24 +22,23 @@ GROUPS = [
 ]
 
 
-def peaks(machine, group, folder):
-    output = machine.run(
-        str(SCRIPT),
-        group,
+def peaks(forks, machine, group, folder):
+    variables = machine.environment(
         PYTORCH_ALLOC_CONF="expandable_segments:True" if group == "expandable" else "",
         TORCHINDUCTOR_CACHE_DIR=str(folder / "inductor"),
         TRITON_CACHE_DIR=str(folder / "triton"),
     )
+    output = forks.run(SCRIPT, group, **variables)
     return {case: found for case, *found in (json.loads(line) for line in output.splitlines() if line.startswith("["))}
 
 
 @pytest.mark.parametrize("name", GROUPS)
-def test_peaks_are_those_of_the_sketch(name, tmp_path):
+def test_peaks_are_those_of_the_sketch(forks, name, tmp_path):
     installed = importlib.metadata.version("torch")
     if not RECORDED["torch"].startswith(installed.partition("+")[0]):
         pytest.skip(f"recorded with torch {RECORDED['torch']}, and this is {installed}")
     capability, group = name.split()
     major, minor = capability.split(".")
     machine = Machine(tmp_path, total_bytes=RECORDED["card"]["total_bytes"], capability=(int(major), int(minor)))
-    assert peaks(machine, group, tmp_path) == RECORDED["peaks"][name]
+    assert peaks(forks, machine, group, tmp_path) == RECORDED["peaks"][name]
     assert machine.unwritten_answers() == {}
