@@ -22,18 +22,20 @@ pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).parent.parent.parent
 TRUTH: dict[str, Any] = json.loads((ROOT / "tests" / "data" / "truth_cells.json").read_text())["cells"]
 FEATURES = 256
+ROWS = 1 << 10
 
 
 def test_the_probe_comes_first_and_its_answer_lasts_to_the_end(little_memory, tmp_path: Path) -> None:
     model = nn.Sequential(*[nn.Sequential(nn.Linear(FEATURES, FEATURES), nn.GELU()) for _ in range(4)]).cuda()
     optimizer = torch.optim.AdamW(model.parameters())
-    rows = torch.utils.data.TensorDataset(torch.zeros(1 << 14, FEATURES), torch.zeros(1 << 14, FEATURES))
+    # Each is 16 of the model's rows: a batch has much on the GPU, and is soon put together.
+    rows = torch.utils.data.TensorDataset(torch.zeros(ROWS, 16, FEATURES), torch.zeros(ROWS, 16, FEATURES))
     events: list[Event] = []
     trainer = Trainer(
         model,
         optimizer,
         nn.MSELoss(),
-        effective_batch_size=1 << 14,
+        effective_batch_size=ROWS,
         checkpoint=tmp_path,
         callbacks=[events.append],
         progress=False,
@@ -41,12 +43,12 @@ def test_the_probe_comes_first_and_its_answer_lasts_to_the_end(little_memory, tm
     )
     report = trainer.fit(rows, epochs=2, eval_dataset=rows)
     assert report.batch_size is not None
-    assert 1 < report.batch_size.batch_size == report.micro_batch_size < 1 << 14
-    assert [event.window.samples for event in events if event.window] == [1 << 14] * 2
+    assert 1 < report.batch_size.batch_size == report.micro_batch_size < ROWS
+    assert [event.window.samples for event in events if event.window] == [ROWS] * 2
     assert not [event for event in events if event.kind == "recovered"]
     assert report.evaluations[0].batch_size > report.micro_batch_size
     again = Trainer(
-        model, optimizer, nn.MSELoss(), effective_batch_size=1 << 14, checkpoint=tmp_path, progress=False
+        model, optimizer, nn.MSELoss(), effective_batch_size=ROWS, checkpoint=tmp_path, progress=False
     ).fit(rows, epochs=2)
     assert (again.windows, again.batch_size) == (2, None)  # what was found is in the checkpoint
 

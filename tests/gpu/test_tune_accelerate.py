@@ -80,16 +80,17 @@ def test_gpt2_at_1024_trains_at_what_was_found_and_not_at_more(card_of_24_gb: No
         trained(more)
 
 
-def scaled(features: int = 256, samples: int = 1 << 12) -> tuple[Accelerator, Any, Any, Any]:
+def scaled(features: int = 256, samples: int = 1 << 11) -> tuple[Accelerator, Any, Any, Any]:
+    """Each sample is 16 of the model's rows: a batch has much on the GPU, and is soon put together."""
     accelerator = Accelerator(mixed_precision="fp16")
     model = nn.Sequential(*[nn.Sequential(nn.Linear(features, features), nn.GELU()) for _ in range(4)])
-    rows = TensorDataset(torch.zeros(samples, features), torch.zeros(samples, features))
+    rows = TensorDataset(torch.zeros(samples, 16, features), torch.zeros(samples, 16, features))
     optimizer = torch.optim.AdamW(model.parameters())
     return accelerator, *accelerator.prepare(model, optimizer, DataLoader(rows, samples))
 
 
 def test_a_scaler_that_ran_out_amid_its_step_is_as_it_was(little_memory: None) -> None:
-    accelerator, model, optimizer, loader = scaled(samples=1 << 15)
+    accelerator, model, optimizer, loader = scaled()
     assert accelerator.scaler is not None
     before = fingerprint(model, optimizer, accelerator.scaler, torch_device="cuda")
     names = set(vars(optimizer.optimizer))
@@ -100,7 +101,7 @@ def test_a_scaler_that_ran_out_amid_its_step_is_as_it_was(little_memory: None) -
         loader,
         optimizer=optimizer,
         loss_fn=nn.functional.mse_loss,
-        effective_batch_size=1 << 15,
+        effective_batch_size=1 << 11,
         on_trial=trials.append,
     )
     assert any(not trial.fits for trial in trials)
