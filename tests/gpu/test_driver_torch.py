@@ -174,12 +174,13 @@ def test_pinned_memory():
     assert torch.ones(10).pin_memory().sum() == 10
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_data_loader_workers(method):
+# Each that is spawned imports all of it again.
+@pytest.mark.parametrize(("method", "workers"), [("fork", 2), ("spawn", 1)])
+def test_data_loader_workers(method, workers):
     torch.zeros(1, device="cuda")  # a fork after that is the case that matters
     data = torch.utils.data.TensorDataset(torch.arange(64.0))
     loader = torch.utils.data.DataLoader(
-        data, batch_size=8, num_workers=2, pin_memory=True, multiprocessing_context=method
+        data, batch_size=8, num_workers=workers, pin_memory=True, multiprocessing_context=method
     )
     batches = [batch for (batch,) in loader]
     assert all(batch.is_pinned() for batch in batches)

@@ -47,9 +47,9 @@ def test_the_probe_comes_first_and_its_answer_lasts_to_the_end(little_memory, tm
     assert [event.window.samples for event in events if event.window] == [ROWS] * 2
     assert not [event for event in events if event.kind == "recovered"]
     assert report.evaluations[0].batch_size > report.micro_batch_size
-    again = Trainer(
-        model, optimizer, nn.MSELoss(), effective_batch_size=ROWS, checkpoint=tmp_path, progress=False
-    ).fit(rows, epochs=2)
+    again = Trainer(model, optimizer, nn.MSELoss(), effective_batch_size=ROWS, checkpoint=tmp_path, progress=False).fit(
+        rows, epochs=2
+    )
     assert (again.windows, again.batch_size) == (2, None)  # what was found is in the checkpoint
 
 

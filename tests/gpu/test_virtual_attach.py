@@ -51,7 +51,7 @@ import torch
 
 @pytest.fixture(scope="module")
 def a_program(tmp_path_factory):
-    """What a program prints that attaches a card of the catalog, and what is where states are kept when it has ended."""
+    """What a program prints that attaches a card of the catalog, and what it leaves where states are kept."""
     code = """
         from autobatch.virtual.device import VirtualGPU
         VirtualGPU("a100-40gb").attach()
