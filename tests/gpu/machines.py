@@ -50,7 +50,7 @@ else:
 signal.alarm(250)
 __file__, arguments, variables, output, errors = json.loads(line)
 for number, path in enumerate([os.devnull, output, errors]):
-    os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
+    os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), number)
 os.environ.update(variables)
 sys.argv = [__file__, *arguments]
 with open(__file__) as file:
@@ -89,8 +89,9 @@ class Forks:
             file.write_text(text)
         request = [str(program), arguments, variables, str(output), str(errors)]
         print(json.dumps(request), file=self._process.stdin, flush=True)
-        returncode = int(self._process.stdout.readline())
-        return returncode, output.read_text(), errors.read_text()
+        told = self._process.stdout.readline()
+        assert told, "the process that forks has ended"
+        return int(told), output.read_text(), errors.read_text()
 
     def close(self) -> None:
         if self._process is not None:
