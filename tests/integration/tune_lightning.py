@@ -45,7 +45,7 @@ class Wide(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         hidden = self.first(inputs)
         for _ in range(self.layers):
-            hidden = torch.tanh(hidden)
+            hidden = torch.relu(hidden)
         return self.last(hidden)
 
 
