@@ -45,6 +45,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="host memory and
 
 BIN = Path(sys.executable).parent
 CARD = "memory=2GiB,capability=8.0"
+CODE = [sys.executable, "-c"]
 ODD = [sys.executable, str(SCRIPTS / "odd.py")]
 SIZES = ["--batch-size", "{batch_size}", "--out", "{scratch}"]
 
@@ -66,10 +67,10 @@ def attempt(words: list[str], log: Path, size: int = 2, *, device: Any = None, *
 
 class TestEndings:
     def test_a_run_is_measured_and_leaves_after_its_steps(self, log):
-        trial = attempt([*ODD, "train", "{batch_size}"], log, 4).trial
+        trial = attempt([*ODD, "train_with_adam", "{batch_size}"], log, 4).trial
         assert (trial.outcome, trial.steps) == (Outcome.FITS, 2)
         assert trial.measurement.peak_allocated_bytes > 2 * MIB
-        assert f"=== batch 4: {sys.executable} {ODD[1]} train 4" in log.read_text()
+        assert f"=== batch 4: {sys.executable} {ODD[1]} train_with_adam 4" in log.read_text()
 
     @pytest.mark.parametrize("how", ["train", pytest.param("give_up", marks=pytest.mark.slow)])
     def test_out_of_memory_is_known_by_the_exception_caught_or_not(self, log, how):
@@ -92,23 +93,24 @@ class TestEndings:
         assert log.read_text().count("turn") == 2
 
     @pytest.mark.parametrize(
-        ("how", "said"),
+        ("words", "said"),
         [
-            ("leave", "exit code 0, before any optimizer step"),
-            ("key_error", "KeyError: 'column 7'"),
-            ("kill", "exit code -9"),
+            ([*CODE, "pass"], "exit code 0, before any optimizer step"),
+            ([*ODD, "key_error"], "KeyError: 'column 7'"),
+            ([*CODE, "import os; os.kill(os.getpid(), 9)"], "exit code -9"),
         ],
+        ids=["leaves", "fails", "killed"],
     )
-    def test_what_is_not_memory_ends_the_search_with_its_last_lines(self, log, how, said):
+    def test_what_is_not_memory_ends_the_search_with_its_last_lines(self, log, words, said):
         with pytest.raises(WorkloadFailedError, match=said) as caught:
-            attempt([*ODD, how, "{batch_size}"], log, 3)
+            attempt([*words, "{batch_size}"], log, 3)
         assert str(log) in str(caught.value)
-        if how == "key_error":
+        if "key_error" in words:
             assert caught.value.traceback_text.endswith("KeyError: 'column 7'")
 
     def test_a_command_that_reaches_no_step_is_given_up(self, log):
         with pytest.raises(WorkloadFailedError, match="no optimizer step within"):
-            attempt([*ODD, "hang", "{batch_size}"], log, step_within_s=8)
+            attempt([*CODE, "import time; time.sleep(600)", "{batch_size}"], log, step_within_s=1)
 
     def test_a_script_whose_own_first_line_keeps_us_out_is_told_so(self, log, tmp_path):
         script = tmp_path / "train"
