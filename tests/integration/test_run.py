@@ -117,12 +117,6 @@ def test_without_a_compiler_it_says_what_to_install(tmp_path):
     assert not list(tmp_path.glob("autobatch-gpu-*"))
 
 
-def test_any_capability_allows_a_card_without_kernels():
-    code = "import torch; print(torch.cuda.get_device_capability())"
-    done = run("--gpu", "v100-16gb", "--any-capability", "--", sys.executable, "-c", code)
-    assert done.stdout == "(7, 0)\n"
-
-
 def test_the_commands_own_options_and_streams_are_its_own():
     code = "import sys; print(sys.argv[1:]); print(sys.stdin.read().upper())"
     done = run("--gpu", "t4", sys.executable, "-c", code, "--count", "3", "--", "--gpu", stdin="typed")
@@ -138,17 +132,19 @@ def test_warns_that_values_are_zero_and_files_are_real(tmp_path):
     assert "no process used a GPU" in done.stderr
 
 
-def test_leaves_no_file_behind(tmp_path):
-    code = "import torch; torch.empty(1, device='cuda')"
-    done = run("--gpu", "t4", "--", sys.executable, "-c", code, variables={"XDG_RUNTIME_DIR": str(tmp_path)})
-    assert done.exit_code == 0
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_tells_what_the_process_used(tmp_path):
+@pytest.fixture(scope="module")
+def used(tmp_path_factory):
+    """A run of one process, on a card for which torch has no kernels, and the folder for what is there meanwhile."""
+    folder, runtime = tmp_path_factory.mktemp("used"), tmp_path_factory.mktemp("runtime")
     path = script(
-        tmp_path,
+        folder,
         """
+        from autobatch.cli.devices import identify
+        from autobatch.device.local import resolve_local
+
+        # As `autobatch probe` describes its device: without a context, so from what the driver's library tells.
+        print("virtual:", identify(resolve_local("cuda:0")).virtual)
+
         import torch
         a = torch.empty(512 << 20, dtype=torch.uint8, device="cuda")
         del a
@@ -156,38 +152,64 @@ def test_tells_what_the_process_used(tmp_path):
         try:
             torch.empty(30 << 30, dtype=torch.uint8, device="cuda")
         except torch.OutOfMemoryError:
-            print(torch.cuda.get_device_name())
+            print("name:", torch.cuda.get_device_name())
+        print("capability:", torch.cuda.get_device_capability())
         """,
     )
-    card = "memory=24GiB,capability=8.6,outside=100MiB,name=mine"
-    done = run("--gpu", card, "--", sys.executable, path.name, folder=tmp_path)
-    assert (done.exit_code, done.stdout) == (0, "mine\n")
-    [row] = done.rows
+    card = "memory=24GiB,capability=7.0,outside=100MiB,name=mine"
+    variables = {"XDG_RUNTIME_DIR": str(runtime)}
+    options = ["--gpu", card, "--any-capability"]
+    done = run(*options, "--", sys.executable, path.name, folder=folder, variables=variables)
+    assert done.exit_code == 0, done.stderr
+    return done, runtime
+
+
+def test_any_capability_allows_a_card_without_kernels(used):
+    assert "capability: (7, 0)\n" in used[0].stdout
+
+
+def test_leaves_no_file_behind(used):
+    assert list(used[1].iterdir()) == []
+
+
+def test_tells_what_the_process_used(used):
+    assert "name: mine\n" in used[0].stdout
+    [row] = used[0].rows
     assert (row.card, row.retries, row.ooms) == (0, 1, 1)
     assert (row.allocated, row.reserved) == (512 * MIB, 512 * MIB)
     assert row.driver == 612 * MIB
     assert row.process == f"{Path(sys.executable).name} train.py"
 
 
-def test_a_probe_in_it_says_in_its_first_line_that_the_gpu_is_virtual(tmp_path):
-    # As `autobatch probe` describes its device: without a context, so from what the driver's library tells.
-    code = "from autobatch.cli.devices import identify; from autobatch.device.local import resolve_local as here; "
-    code += "print(identify(here('cuda:0')).virtual)"
-    done = run("--gpu", "t4", "--", sys.executable, "-c", code, folder=tmp_path)
-    assert (done.exit_code, done.stdout) == (0, "True\n"), done.stderr
+def test_a_probe_in_it_says_in_its_first_line_that_the_gpu_is_virtual(used):
+    assert used[0].stdout.startswith("virtual: True\n")
 
 
-@pytest.mark.parametrize(
-    ("options", "ending", "exit_code"),
-    [([], "os._exit(3)", 3), ([], "os.kill(os.getpid(), 9)", 137), (["-I"], "sys.exit(5)", 5)],
-    ids=["os._exit", "SIGKILL", "isolated"],
-)
-def test_the_driver_tells_of_a_process_that_cannot(options, ending, exit_code):
-    code = f"import os, sys, torch; a = torch.empty(1 << 28, dtype=torch.uint8, device='cuda'); {ending}"
-    gpu = "memory=24GiB,capability=8.6,outside=100MiB"
-    done = run("--gpu", gpu, "--", sys.executable, *options, "-c", code)
-    assert done.exit_code == exit_code
-    [row] = done.rows
+@pytest.fixture(scope="module")
+def ended():
+    """A run of processes that cannot say what they used: forks of one that has imported torch, and an isolated one."""
+    forks = """
+        import os, torch
+        def end(how):
+            pid = os.fork()
+            if pid == 0:
+                a = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
+                how()
+            print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        end(lambda: os._exit(3))
+        end(lambda: os.kill(os.getpid(), 9))
+    """
+    isolated = "import sys, torch; a = torch.empty(1 << 28, dtype=torch.uint8, device='cuda'); sys.exit(5)"
+    shell = ["sh", "-c", '$0 -c "$1" && exec $0 -I -c "$2"', sys.executable, textwrap.dedent(forks), isolated]
+    done = run("--gpu", "memory=24GiB,capability=8.6,outside=100MiB", "--", *shell)
+    assert (done.exit_code, done.stdout) == (5, "3\n-9\n")
+    return done.rows
+
+
+@pytest.mark.parametrize("place", [0, 1, 2], ids=["os._exit", "SIGKILL", "isolated"])
+def test_the_driver_tells_of_a_process_that_cannot(ended, place):
+    assert len(ended) == 3
+    row = ended[place]
     assert (row.allocated, row.reserved, row.retries, row.ooms) == (None, None, None, None)
     assert row.driver == 356 * MIB
     assert "unknown" in row.process
@@ -224,30 +246,38 @@ def test_the_users_own_start_up_code_and_paths_stay(tmp_path):
     assert done.stdout == f"theirs ['{tmp_path}']\n"
 
 
-def test_children_share_the_cards_and_are_told_apart(tmp_path):
-    path = script(
-        tmp_path,
-        """
-        import sys, torch
-        index, mib = int(sys.argv[1]), int(sys.argv[2])
-        torch.empty(mib << 20, dtype=torch.uint8, device=f"cuda:{index}")
-        """,
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """A run of four processes, one after the other, of which the last two are shown the second card alone."""
+    folder = tmp_path_factory.mktemp("shared")
+    (folder / "use.py").write_text(
+        "import sys, torch\n"
+        "index, mebibytes = map(int, sys.argv[1:])\n"
+        "print(torch.cuda.device_count())\n"
+        "torch.empty(mebibytes << 20, dtype=torch.uint8, device=f'cuda:{index}')\n"
     )
-    shell = f"{sys.executable} {path} 0 100 && {sys.executable} {path} 1 200"
-    done = run("--gpu", "t4", "--gpu", "l4", "--", "sh", "-c", shell)
-    assert done.exit_code == 0
-    assert [(row.card, row.allocated) for row in done.rows] == [(0, 100 * MIB), (1, 200 * MIB)]
-    assert len({row.pid for row in done.rows}) == 2
+    (folder / "ask.py").write_text(
+        "import pynvml\npynvml.nvmlInit()\nprint(pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetHandleByIndex(1)))\n"
+    )
+    shell = """
+        $0 use.py 0 100 && $0 use.py 1 200 || exit
+        CUDA_VISIBLE_DEVICES=1 $0 use.py 0 300 || exit
+        CUDA_VISIBLE_DEVICES=$($0 ask.py) $0 use.py 0 400
+    """
+    done = run("--gpu", "t4", "--gpu", "l4", "--", "sh", "-c", shell, sys.executable, folder=folder)
+    assert done.exit_code == 0, done.stderr
+    assert done.stdout == "2\n2\n1\n1\n"
+    return done.rows
 
 
-@pytest.mark.parametrize("visible", ["1", '"$($python ask.py)"'], ids=["index", "uuid"])
-def test_hidden_cards_keep_their_place_in_the_table(tmp_path, visible):
-    (tmp_path / "ask.py").write_text("import torch; print(f'GPU-{torch.cuda.get_device_properties(1).uuid}')\n")
-    (tmp_path / "use.py").write_text("import torch; print(torch.cuda.device_count()); torch.ones(9, device='cuda')\n")
-    shell = f"cd {tmp_path}; python={sys.executable}; CUDA_VISIBLE_DEVICES={visible} $python use.py"
-    done = run("--gpu", "t4", "--count", "2", "--", "sh", "-c", shell)
-    assert done.stdout == "1\n"
-    assert [row.card for row in done.rows if row.allocated] == [1]
+def test_children_share_the_cards_and_are_told_apart(shared):
+    assert [(row.card, row.allocated) for row in shared[:2]] == [(0, 100 * MIB), (1, 200 * MIB)]
+    assert len({row.pid for row in shared}) == 4
+
+
+@pytest.mark.parametrize(("place", "mebibytes"), [(2, 300), (3, 400)], ids=["index", "uuid"])
+def test_hidden_cards_keep_their_place_in_the_table(shared, place, mebibytes):
+    assert (shared[place].card, shared[place].allocated) == (1, mebibytes * MIB)
 
 
 def test_no_card_is_visible_where_the_user_hides_all():
