@@ -47,6 +47,8 @@ WORKLOADS = """
         raise SystemExit(7)
 """
 
+MANY = 16_384
+
 # Trains as the target does, without autobatch: the truth to hold the answer against.
 TRAIN_GPT2 = """
     import sys, torch, transformers
@@ -63,9 +65,9 @@ TRAIN_GPT2 = """
 """
 
 
-@pytest.fixture
-def script(tmp_path: Path) -> Path:
-    path = tmp_path / "workloads_of_mine.py"
+@pytest.fixture(scope="module")
+def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("workloads") / "workloads_of_mine.py"
     path.write_text(textwrap.dedent(WORKLOADS))
     return path
 
@@ -83,14 +85,25 @@ def children() -> set[int]:
     return {child.pid for child in psutil.Process().children(recursive=True)}
 
 
-@pytest.fixture
-def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """When servers of trials were started, and searches: the one that begins before the search is what it asks."""
+def noted_events(patch: pytest.MonkeyPatch) -> list[str]:
+    """When servers of trials are started, and searches: the one that begins before the search is what it asks."""
     told: list[str] = []
     start, search = Server.__init__, finder.find
-    monkeypatch.setattr(Server, "__init__", lambda self, *args: (told.append("server"), start(self, *args))[1])
-    monkeypatch.setattr(finder, "find", lambda *args, **options: (told.append("search"), search(*args, **options))[1])
+    patch.setattr(Server, "__init__", lambda self, *args: (told.append("server"), start(self, *args))[1])
+    patch.setattr(finder, "find", lambda *args, **options: (told.append("search"), search(*args, **options))[1])
     return told
+
+
+@pytest.fixture(scope="module")
+def capped(script: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[BatchSizeResult, list[str]]:
+    """What a probe finds that ends at a cap, where none of this machine's GPUs is visible, and its events."""
+    path = tmp_path_factory.mktemp("capped") / "result.json"
+    with pytest.MonkeyPatch.context() as patch:
+        events = noted_events(patch)
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        done = probe(f"{script}:build", "--gpu", "t4", "--max-batch-size", MANY, "--start", MANY, "--json", path)
+    assert done.exit_code == 0, done.output
+    return BatchSizeResult.from_json(path.read_text()), events
 
 
 @pytest.fixture(scope="module")
@@ -136,13 +149,13 @@ class TestGPT2OnAnA100ThatIsNotThere:
 
 
 class TestCodes:
-    def test_0_and_the_result_in_json(self, script, tmp_path, events):
-        path = tmp_path / "result.json"
-        done = probe(f"{script}:build", "--gpu", "t4", "--max-batch-size", 64, "--json", path)
-        assert done.exit_code == 0, done.output
+    def test_0_and_the_result_in_json(self, capped):
+        result, events = capped
         assert events == ["server", "search"]
-        result = BatchSizeResult.from_json(path.read_text())
-        assert (result.batch_size, result.proof) == (64, "max_batch_size")
+        assert (result.batch_size, result.proof) == (MANY, "max_batch_size")
+
+    def test_which_of_this_machines_gpus_are_visible_is_no_matter_to_a_virtual_one(self, capped):
+        assert capped[0].environment["virtual"]
 
     def test_1_says_how_much_the_model_needs(self, script):
         done = probe(f"{script}:huge", "--gpu", "t4")
@@ -160,11 +173,6 @@ class TestCodes:
         done = probe("hf:gpt2", "--gpu", "a100-40gbb")
         assert done.exit_code == 3
         assert "a100-40gb" in done.stderr
-
-    def test_which_of_this_machines_gpus_are_visible_is_no_matter_to_a_virtual_one(self, script, monkeypatch):
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-        done = probe(f"{script}:build", "--gpu", "t4", "--max-batch-size", "2")
-        assert done.exit_code == 0, done.output
 
     def test_4_with_the_workloads_own_traceback(self, script):
         done = probe(f"{script}:failing", "--gpu", "t4")
@@ -204,21 +212,21 @@ class TestCodes:
         assert not [pid for pid in started if psutil.pid_exists(pid)]
 
 
-def test_with_an_effective_batch_the_trials_hold_gradients_and_the_plan_is_printed(script, tmp_path):
-    path, peaks = tmp_path / "result.json", {}
-    for option in ("--max-batch-size", "--effective-batch-size"):
-        done = probe(f"{script}:build", "--gpu", "t4", option, 16_384, "--start", 16_384, "--json", path)
-        assert done.exit_code == 0, done.output
-        peaks[option] = BatchSizeResult.from_json(path.read_text()).trials[0].measurement.peak_allocated_bytes
+def test_with_an_effective_batch_the_trials_hold_gradients_and_the_plan_is_printed(script, tmp_path, capped):
+    path = tmp_path / "result.json"
+    done = probe(f"{script}:build", "--gpu", "t4", "--effective-batch-size", MANY, "--start", MANY, "--json", path)
+    assert done.exit_code == 0, done.output
+    results = capped[0], BatchSizeResult.from_json(path.read_text())
+    less_bytes, more_bytes = (result.trials[0].measurement.peak_allocated_bytes for result in results)
     gradient_bytes = 4 * 4 * 1024 * 1025
-    more_bytes = peaks["--effective-batch-size"] - peaks["--max-batch-size"]
-    assert more_bytes == pytest.approx(gradient_bytes, rel=0.05)
+    assert more_bytes - less_bytes == pytest.approx(gradient_bytes, rel=0.05)
     assert "16384 (an effective batch of 16384 takes no more)" in done.stdout
     assert done.stdout.splitlines()[-2] == "  Plan:    16384 = 16384 samples x 1 step"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="host memory is limited on Linux alone")
-def test_on_the_host_the_limit_is_named_and_kept(script, events):
+def test_on_the_host_the_limit_is_named_and_kept(script, monkeypatch):
+    events = noted_events(monkeypatch)
     # Narrow layers: much memory for little arithmetic, so that a loaded machine is done with it soon.
     done = probe(f"{script}:narrow", "--device", "cpu", "--memory-limit", "64MiB", "--start", 1024)
     assert done.exit_code == 0, done.output
