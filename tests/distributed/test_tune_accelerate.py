@@ -25,7 +25,7 @@ def _versions() -> None:
 @pytest.mark.parametrize("splits", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_two_ranks_get_the_same_numbers_and_train_on(two: Job, splits: bool) -> None:
     """The second has less memory, so that it decides."""
-    first, second = two.results(tunes.accelerate, limits=[96, 48], effective=256, splits=splits)
+    first, second = two.results(tunes.accelerate, limits=[56, 28], effective=256, splits=splits)
     check_alike(first, second)
     micro, steps = first["size"], 128 // first["size"]
     assert 8 <= micro < 128
@@ -52,7 +52,7 @@ def check_alike(first: dict[str, Any], second: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_without_an_effective_batch_a_step_is_what_fits_on_both(two: Job) -> None:
-    first, second = two.results(tunes.accelerate, limits=[48, 96], effective=None)
+    first, second = two.results(tunes.accelerate, limits=[28, 56], effective=None)
     check_alike(first, second)
     assert first["set"] == [first["size"], 1, first["size"] * 2]
     assert set(first["windows"]) == {first["size"] * 2}

@@ -25,7 +25,7 @@ def _versions() -> None:
 @pytest.mark.parametrize("wrapped", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_an_accumulator_on_two_ranks_takes_windows_of_all(two: Job, wrapped: bool) -> None:
     """The first has less memory, so that it decides."""
-    options = {"limits": [48, 96], "effective": 256, "kind": "accumulated", "wrapped": wrapped}
+    options = {"limits": [28, 56], "effective": 256, "kind": "accumulated", "wrapped": wrapped}
     first, second = two.results(tunes.ignite, **options)
     check_alike(first, second)
     micro = first["size"]
@@ -38,7 +38,7 @@ def test_an_accumulator_on_two_ranks_takes_windows_of_all(two: Job, wrapped: boo
 
 @pytest.mark.parametrize("effective", [pytest.param(16, marks=pytest.mark.slow), None])
 def test_a_process_function_with_a_wrapped_model_gets_a_batch_size(two: Job, effective: int | None) -> None:
-    first, second = two.results(tunes.ignite, limits=[96, 48], effective=effective, kind="supervised")
+    first, second = two.results(tunes.ignite, limits=[56, 28], effective=effective, kind="supervised")
     check_alike(first, second)
     micro = 8 if effective else first["size"]
     assert first["set"] == [micro, None]
@@ -46,6 +46,6 @@ def test_a_process_function_with_a_wrapped_model_gets_a_batch_size(two: Job, eff
 
 
 def test_what_fits_on_no_rank_at_once_is_refused_on_both(two: Job) -> None:
-    for rank in two.run(tunes.ignite, limits=[96, 48], effective=512, kind="supervised"):
+    for rank in two.run(tunes.ignite, limits=[56, 28], effective=512, kind="supervised"):
         assert rank["error"] == "UnsupportedTrainerError"
         assert "effective_batch_size=512 takes 256 samples at once, and " in rank["message"]

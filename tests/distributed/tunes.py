@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 import autobatch
 from autobatch.probe.state import fingerprint
 
-HIDDEN = 1 << 15
-"""An eighth of a MiB for each sample."""
+HIDDEN = 1 << 14
+"""A sixteenth of a MiB for each sample."""
 
 
 def parts() -> tuple[nn.Module, TensorDataset]:

@@ -18,7 +18,7 @@ optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 witness = Witness(model, optimizer)
 accelerator = Accelerator(cpu=True)
 model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(rows, EFFECTIVE, shuffle=True))
-leave(48)
+leave(30)
 if sys.argv[1] == "tuned":
     autobatch.tune(
         accelerator,

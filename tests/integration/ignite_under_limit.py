@@ -20,7 +20,7 @@ witness = Witness(model, optimizer)
 loader = DataLoader(rows, EFFECTIVE, shuffle=True)
 accumulator = autobatch.Accumulator(model, optimizer, loss_fn, micro_batch_size=1)
 engine = Engine(update(accumulator))
-leave(48)
+leave(30)
 if sys.argv[1] == "plain":
     engine = create_supervised_trainer(model, optimizer, loss_fn)
 elif sys.argv[1] == "tuned":

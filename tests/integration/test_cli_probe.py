@@ -228,17 +228,17 @@ def test_with_an_effective_batch_the_trials_hold_gradients_and_the_plan_is_print
 def test_on_the_host_the_limit_is_named_and_kept(script, monkeypatch):
     events = noted_events(monkeypatch)
     # Narrow layers: much memory for little arithmetic, so that a loaded machine is done with it soon.
-    done = probe(f"{script}:narrow", "--device", "cpu", "--memory-limit", "64MiB", "--start", 1024)
+    done = probe(f"{script}:narrow", "--device", "cpu", "--memory-limit", "24MiB", "--multiple-of", 1024)
     assert done.exit_code == 0, done.output
     assert events == ["server", "search"]
     lines = done.stdout.splitlines()
-    assert "budget 64 MiB, the limit given" in lines[0]
+    assert "budget 24 MiB, the limit given" in lines[0]
     # What malloc keeps differs from process to process: a size at the edge may fit once and not again.
     answer = re.search(r"Largest batch on host memory: (\d+) \(\d+ (does not fit|did not keep fitting)\)", lines[-2])
     assert answer, done.stdout
     size = int(answer[1])
     # A sample takes at least what four layers keep of it.
-    assert 1024 <= size < 64 * 2**20 // (4 * 4 * 64)
+    assert 1024 <= size < 24 * 2**20 // (4 * 4 * 64)
 
 
 @pytest.mark.slow

@@ -48,7 +48,7 @@ if __name__ == "__main__":
     trainer = transformers.Trainer(
         model, args, collated, rows, rows if mode == "tuned" else None, optimizers=(optimizer, None)
     )
-    leave(80)
+    leave(44)
     if mode == "tuned":
         autobatch.tune(trainer, effective_batch_size=EFFECTIVE, multiple_of="pow2")
     trainer.train()

@@ -19,8 +19,8 @@ from autobatch.device.process import status_bytes
 from autobatch.units import MIB
 
 ROOT = Path(__file__).parent.parent.parent
-EFFECTIVE, HIDDEN = 256, 1 << 15
-"""A sample's hidden layer takes an eighth of a MiB, so a batch of them takes 32 MiB at each of several places."""
+EFFECTIVE, HIDDEN = 256, 1 << 14
+"""A sample's hidden layer takes a sixteenth of a MiB, so a batch of them takes 16 MiB at each of several places."""
 
 
 def run(script: Path, *words: str) -> subprocess.CompletedProcess[str]:
