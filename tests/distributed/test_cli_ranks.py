@@ -52,7 +52,7 @@ def slow(device):
     import time
     time.sleep(60)
 """
-LIMITED = ("--device", "cpu", "--memory-limit", "100MiB", "--multiple-of", "pow2")
+LIMITED = ("--device", "cpu", "--memory-limit", "50MiB", "--multiple-of", "pow2")
 
 
 @pytest.fixture
@@ -104,7 +104,8 @@ def environment() -> dict[str, str]:
 def test_torchrun_prints_one_answer_once(target: str, tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "autobatch", "probe"]
-    words = [sys.executable, *launch, f"{target}:wrapped", *LIMITED, "--json", str(path)]
+    words = [sys.executable, *launch, f"{target}:wrapped", *LIMITED, "--max-batch-size", "4"]
+    words += ["--json", str(path)]
     done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = BatchSizeResult.from_json(path.read_text())

@@ -12,6 +12,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -83,13 +84,45 @@ class Bench:
             self.cache.entries()
 
 
-@pytest.fixture
-def bench(tmp_path: Path) -> Iterator[Bench]:
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     with temporary_state([find_card("memory=1GiB,capability=8.0")]) as state_path:
-        made = Bench(tmp_path, state_path)
+        made = Bench(tmp_path_factory.mktemp("bench"), state_path)
         yield made
         for process in made.living():
             process.kill()
+
+
+@dataclass
+class Waited:
+    """A probe of cap 1000 that found another at work, which ended as soon as it said so."""
+
+    told: bool
+    was_there: bool
+    output: str
+    took_s: float
+
+
+@pytest.fixture(scope="module")
+def waited(bench: Bench) -> Waited:
+    started_s = time.monotonic()
+    with FileLock(bench.lock):
+        probe = bench.start(1000)
+        assert probe.stdout is not None
+        lines = iter(probe.stdout.readline, "")
+        told = any(line.startswith("Warning: another probe is at work on cuda:0: waiting") for line in lines)
+        was_there = probe.poll() is None
+    output, _ = probe.communicate(timeout=200)
+    took_s = time.monotonic() - started_s
+    bench.check_nothing_is_left()
+    return Waited(told, was_there, output, took_s)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="virtual GPUs need Linux")
+def test_the_wait_is_told_and_ends_with_the_other_probe(waited: Waited) -> None:
+    assert waited.told
+    assert waited.was_there
+    assert "Largest batch on " in waited.output
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="virtual GPUs need Linux")
@@ -100,16 +133,13 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
         pytest.param(100, id="100", marks=[pytest.mark.slow, pytest.mark.timeout(3600)]),
     ],
 )
-def test_kills_at_random_moments_leave_nothing(bench: Bench, kills: int) -> None:
-    started_s = time.monotonic()
-    output, _ = bench.start(1000).communicate(timeout=120)
-    whole_s = time.monotonic() - started_s
-    assert "Largest batch on " in output
+def test_kills_at_random_moments_leave_nothing(bench: Bench, waited: Waited, kills: int) -> None:
+    assert "Largest batch on " in waited.output
     moments = random.Random(9)
     ended = 0
     for number in range(kills):
         probe = bench.start(1001 + number)
-        time.sleep(moments.uniform(0, 1.1 * whole_s))
+        time.sleep(moments.uniform(0, 1.1 * waited.took_s))
         probe.send_signal(signal.SIGKILL)
         probe.communicate(timeout=120)
         ended += probe.returncode == 0
@@ -129,16 +159,3 @@ def test_of_two_probes_of_one_gpu_the_second_waits_and_finds_the_same(bench: Ben
     answers = [line for output in outputs for line in output.splitlines() if line.startswith("Largest batch on ")]
     assert len(answers) == 2
     assert answers[0].split(". ")[0] == answers[1].split(". ")[0]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="virtual GPUs need Linux")
-def test_the_wait_is_told_and_ends_with_the_other_probe(bench: Bench) -> None:
-    with FileLock(bench.lock):
-        probe = bench.start(4)
-        assert probe.stdout is not None
-        lines = iter(probe.stdout.readline, "")
-        assert any(line.startswith("Warning: another probe is at work on cuda:0: waiting") for line in lines)
-        assert probe.poll() is None
-    output, _ = probe.communicate(timeout=200)
-    assert "Largest batch on " in output
-    bench.check_nothing_is_left()
