@@ -13,7 +13,7 @@ KIB_A_SAMPLE = 1024
 
 
 class Still(torch.optim.Optimizer):
-    """Changes nothing. The constructor of those that do imports torch._dynamo, which takes longer than all else here."""
+    """Changes nothing. The constructors of torch's own import torch._dynamo, which takes longer than all else here."""
 
     def __init__(self, parameters):
         super().__init__(parameters, {})

@@ -142,7 +142,7 @@ MIB = 1 << 20
 class Model(torch.nn.Module):
     def __init__(self):
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(50 * MIB // 4))
+        self.weight = torch.nn.Parameter(torch.zeros(16 * MIB // 4))
 
     def forward(self, x):
         low, high = 0, 1024
@@ -187,7 +187,7 @@ def test_a_model_that_is_there_counts_and_nothing_else_does_wherever_its_trials_
     environment = {**os.environ, **CHILD_ENVIRONMENT, "OMP_NUM_THREADS": "1", "ROOMS": str(tmp_path / "rooms")}
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, (tmp_path / "rooms").read_text() + done.stderr
-    assert list(map(int, done.stdout.split())) == [pytest.approx(0.95 * 256 - 50, abs=3)] * 8
+    assert list(map(int, done.stdout.split())) == [pytest.approx(0.95 * 256 - 16, abs=3)] * 8
 
 
 def test_a_text_that_waits_to_be_written_is_written_once() -> None:
