@@ -86,7 +86,7 @@ optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
 events = []
 trainer = autobatch.Trainer(
     model, optimizer, nn.CrossEntropyLoss(), effective_batch_size=256, progress=False, callbacks=[events.append],
-    find_options={"memory_limit": 32 * MIB, "cache": None, "multiple_of": "pow2"},
+    find_options={"memory_limit": 20 * MIB, "cache": None, "multiple_of": "pow2"},
 )
 report = trainer.fit(Rows(), epochs=1, eval_dataset=Rows())
 print(json.dumps({
