@@ -64,7 +64,7 @@ class Task:
 
     @functools.cached_property
     def workload(self) -> Any:
-        from autobatch.probe.building import build
+        from autobatch.probe.workload.building import build
 
         return build(self.build, self.place.device)
 

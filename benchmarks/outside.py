@@ -207,7 +207,7 @@ def trained(name: str) -> Callable[[], None]:
     """Three steps of a workload, on few samples: the number does not change which kernels there are by much."""
 
     def run() -> None:
-        from autobatch.probe.building import build
+        from autobatch.probe.workload.building import build
 
         workload = build(getattr(cells, name), DEVICE)
         for _ in range(3):
@@ -227,7 +227,7 @@ def runs() -> list[tuple[str, str, list[tuple[str, Callable[[], None]]]]]:
 
 def run(file: Path | None = None) -> dict[str, Any]:
     """Measures, and writes the file after each run."""
-    for module in ("torch._dynamo", "torchvision", "transformers", "autobatch.probe.building"):
+    for module in ("torch._dynamo", "torchvision", "transformers", "autobatch.probe.workload.building"):
         __import__(module)
     results: dict[str, Any] = {"environment": environment(Place(device=DEVICE)), "rows": []}
     results["memory"] = forked(totals)

@@ -21,7 +21,7 @@ import torch
 
 from autobatch.probe.inquiry import CONFIRM_STEPS
 from autobatch.probe.isolation import ChildExecutor
-from autobatch.probe.rounding import Rounding
+from autobatch.probe.search.rounding import Rounding
 from autobatch.probe.trial import TrialRequest
 from autobatch.result import Outcome
 from autobatch.virtual.resolve import resolve_device

@@ -6,8 +6,8 @@ import logging
 import warnings
 from typing import Any
 
-from autobatch.probe.forward import forward
 from autobatch.probe.state import preserved
+from autobatch.probe.workload.forward import forward
 from benchmarks.measure import STEPS_AFTER, Task
 
 START_OF_LANGUAGE_MODELS = 256

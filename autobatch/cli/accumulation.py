@@ -7,8 +7,8 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from autobatch.errors import InvalidArgumentError
-from autobatch.probe.rounding import Rounding
-from autobatch.probe.search_arguments import within_effective_batch
+from autobatch.probe.search.arguments import within_effective_batch
+from autobatch.probe.search.rounding import Rounding
 from autobatch.training.plan import AccumulationPlan, plan_accumulation
 
 if TYPE_CHECKING:

@@ -52,7 +52,7 @@ class Chosen:
 
     def server_ahead(self, workload: Target | Command, place: Device) -> AbstractContextManager[None]:
         """Inside, the process of the trials imports torch as this one is about to, and serves every search."""
-        from autobatch.probe.ahead import begun
+        from autobatch.probe.processes.ahead import begun
 
         if isinstance(workload, Command) or present_job().size > 1:
             return nullcontext()

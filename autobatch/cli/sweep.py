@@ -80,7 +80,7 @@ def run_sweep(sweep: Sweep, targets: Sequence[Target], search: Search) -> list[P
         DoesNotFitError: if not even one sample fits at any value.
         InvalidArgumentError: naming the sweep, if the target turns out not to have the option.
     """
-    from autobatch.probe.sweep import next_guess
+    from autobatch.probe.search.sweep import next_guess
 
     points: list[Point] = []
     for value, target in zip(sweep.values, targets, strict=True):

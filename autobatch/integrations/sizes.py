@@ -9,11 +9,11 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from autobatch.errors import AutobatchWarning, InvalidArgumentError, UnsupportedTrainerError
-from autobatch.probe.data import DatasetBatches
 from autobatch.probe.finder import find
-from autobatch.probe.rounding import Rounding
-from autobatch.probe.search_arguments import check_count
+from autobatch.probe.search.arguments import check_count
+from autobatch.probe.search.rounding import Rounding
 from autobatch.probe.workload import Workload
+from autobatch.probe.workload.data import DatasetBatches
 from autobatch.result import BatchSizeResult
 from autobatch.training.plan import AccumulationPlan, plan_accumulation
 

@@ -13,10 +13,10 @@ import torch
 
 from autobatch import __version__
 from autobatch.device.base import Device
-from autobatch.probe.data import Extent
-from autobatch.probe.signature import Signature, signature_of
 from autobatch.probe.trial import Attempt, TrialRequest, clean_up, run_trial
 from autobatch.probe.workload import Workload
+from autobatch.probe.workload.data import Extent
+from autobatch.probe.workload.signature import Signature, signature_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ from autobatch.probe.advice import limit_notes
 from autobatch.probe.agreement import Agreement
 from autobatch.probe.cache import ResultCache, open_cache
 from autobatch.probe.command import Command
-from autobatch.probe.command_executor import CommandExecutor
+from autobatch.probe.command.executor import CommandExecutor
 from autobatch.probe.executor import Executor, LocalExecutor, Setting
 from autobatch.probe.guess import WITHIN_S, Twin, short_of, twin_ahead, twin_of, virtual_guess
 from autobatch.probe.inquiry import (
@@ -31,11 +31,11 @@ from autobatch.probe.inquiry import (
 from autobatch.probe.isolation import ForkExecutor
 from autobatch.probe.neighbours import locked, shared
 from autobatch.probe.places import executor_of
+from autobatch.probe.processes.worker import check_not_importing_main
 from autobatch.probe.recall import Recall
-from autobatch.probe.search_arguments import check_arguments, within_effective_batch
-from autobatch.probe.source import Source, source_of
-from autobatch.probe.worker import check_not_importing_main
+from autobatch.probe.search.arguments import check_arguments, within_effective_batch
 from autobatch.probe.workload import Workload
+from autobatch.probe.workload.source import Source, source_of
 from autobatch.ranks import Ranks
 from autobatch.result import BatchSizeResult, Trial
 from autobatch.units import parse_bytes

@@ -14,13 +14,13 @@ from typing import Any
 from autobatch.device import nvml
 from autobatch.device.base import Device
 from autobatch.errors import AutobatchError, AutobatchWarning
-from autobatch.probe.ahead import begun
 from autobatch.probe.command import Command
-from autobatch.probe.command_executor import CommandExecutor
+from autobatch.probe.command.executor import CommandExecutor
 from autobatch.probe.executor import Executor, Setting
 from autobatch.probe.isolation import ChildExecutor
-from autobatch.probe.job import is_importable
-from autobatch.probe.source import Source, builder_of
+from autobatch.probe.processes.ahead import begun
+from autobatch.probe.processes.job import is_importable
+from autobatch.probe.workload.source import Source, builder_of
 from autobatch.virtual.attach import present_state
 from autobatch.virtual.catalog import cards
 from autobatch.virtual.device import VirtualGPU

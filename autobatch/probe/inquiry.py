@@ -11,10 +11,10 @@ from typing import Any
 from autobatch.device.oom import first_line
 from autobatch.errors import DoesNotFitError
 from autobatch.probe.advice import fragmentation_notes, malloc_notes
-from autobatch.probe.data import search_within
 from autobatch.probe.executor import Executor, Setting
 from autobatch.probe.search import SearchAnswer
 from autobatch.probe.trial import Attempt, TrialRequest
+from autobatch.probe.workload.data import search_within
 from autobatch.result import SHUFFLED, BatchSizeResult, Trial
 from autobatch.units import format_bytes
 

@@ -1,10 +1,10 @@
 """Trials in a child process that can be lost.
 
-The prober starts one server (:mod:`autobatch.probe.worker`), and it forks workers. A worker lives across the trials
-that fit and is replaced after a failure, a hang or its death, or after every trial where the device says so; a
+The prober starts one server (:mod:`autobatch.probe.processes.worker`), and it forks workers. A worker lives across the
+trials that fit and is replaced after a failure, a hang or its death, or after every trial where the device says so; a
 confirmation gets a fresh one. Live objects are tried in forks of the present process instead
-(:mod:`autobatch.probe.fork`), and commands run in processes of their own (:mod:`autobatch.probe.command_run`). A
-Device never starts any.
+(:mod:`autobatch.probe.processes.fork`), and commands run in processes of their own
+(:mod:`autobatch.probe.command.run`). A Device never starts any.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import Any
 from autobatch.device.base import Isolation
 from autobatch.device.oom import Tier
 from autobatch.errors import DeviceError, WorkloadFailedError
-from autobatch.probe.ahead import server_for
 from autobatch.probe.executor import Agree, LocalExecutor, Setting, alone
-from autobatch.probe.fork import Forks
-from autobatch.probe.job import job_of
-from autobatch.probe.processes import ANSWER_WITHIN_S, Worker, WorkerLostError, WorkerSource
-from autobatch.probe.signature import Signature
+from autobatch.probe.processes.ahead import server_for
+from autobatch.probe.processes.fork import Forks
+from autobatch.probe.processes.job import job_of
+from autobatch.probe.processes.server import ANSWER_WITHIN_S, Worker, WorkerLostError, WorkerSource
 from autobatch.probe.trial import Attempt, TrialRequest
+from autobatch.probe.workload.signature import Signature
 from autobatch.result import Outcome, Trial
 
 

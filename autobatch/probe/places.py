@@ -9,18 +9,18 @@ from typing import Any
 from autobatch.device.base import Device
 from autobatch.errors import InvalidArgumentError
 from autobatch.probe.agreement import Agreement
-from autobatch.probe.building import build
 from autobatch.probe.collectives import check_local
 from autobatch.probe.command import Command
-from autobatch.probe.command_executor import CommandExecutor
+from autobatch.probe.command.executor import CommandExecutor
 from autobatch.probe.executor import Executor, LocalExecutor
-from autobatch.probe.fork import forks_are_safe
 from autobatch.probe.isolation import ChildExecutor, ForkExecutor
-from autobatch.probe.job import is_importable
-from autobatch.probe.meeting import MeetingExecutor
-from autobatch.probe.source import Source, builder_of, check_placed
+from autobatch.probe.processes.fork import forks_are_safe
+from autobatch.probe.processes.job import is_importable
+from autobatch.probe.processes.meeting import MeetingExecutor
 from autobatch.probe.state import preserved
 from autobatch.probe.workload import Workload
+from autobatch.probe.workload.building import build
+from autobatch.probe.workload.source import Source, builder_of, check_placed
 
 
 @contextmanager

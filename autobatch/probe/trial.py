@@ -13,8 +13,8 @@ from autobatch.device.base import Device
 from autobatch.device.oom import Tier, classify, first_line, forget_frames
 from autobatch.errors import DeviceCorruptedError
 from autobatch.probe.collectives import RefusingCollectives
-from autobatch.probe.data import Batches
 from autobatch.probe.workload import Workload
+from autobatch.probe.workload.data import Batches
 from autobatch.result import Measurement, Outcome, Trial
 from autobatch.units import format_bytes
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autobatch.errors import InvalidArgumentError, MissingDependencyError
-from autobatch.probe.memory_fit import MemoryFit
+from autobatch.probe.search.memory_fit import MemoryFit
 from autobatch.result import BatchSizeResult, Outcome, Trial
 from autobatch.units import GIB
 

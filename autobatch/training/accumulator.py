@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from autobatch.device.oom import Tier, classify, first_line
 from autobatch.errors import AutobatchWarning, DoesNotFitError, InvalidArgumentError
-from autobatch.probe.search_arguments import check_count
-from autobatch.probe.workload_arguments import check_functions, check_model, check_options
+from autobatch.probe.search.arguments import check_count
+from autobatch.probe.workload.arguments import check_functions, check_model, check_options
 from autobatch.training.passes import Passes
 from autobatch.training.recovery import OnRecovery
 from autobatch.training.runner import Runner

@@ -11,7 +11,7 @@ from torch import nn
 
 from autobatch.errors import InvalidArgumentError
 from autobatch.probe.finder import find
-from autobatch.probe.search_arguments import check_count
+from autobatch.probe.search.arguments import check_count
 
 
 def check_run(*, counts: Mapping[str, Any], numbers: Mapping[str, Any], flags: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from autobatch.errors import AutobatchWarning, InvalidArgumentError
-from autobatch.probe.search_arguments import check_count
+from autobatch.probe.search.arguments import check_count
 from autobatch.ranks import Ranks
 
 _STATE = ("decay", "windows", "trace", "square")

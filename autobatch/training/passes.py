@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from autobatch.errors import AutobatchWarning, InvalidArgumentError
-from autobatch.probe.batch import move, tensors
-from autobatch.probe.forward import device_of, forward
+from autobatch.probe.workload.batch import move, tensors
+from autobatch.probe.workload.forward import device_of, forward
 from autobatch.training.split import samples_of
 from autobatch.training.update import Update
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from autobatch.errors import InvalidArgumentError
-from autobatch.probe.search_arguments import check_count
+from autobatch.probe.search.arguments import check_count
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

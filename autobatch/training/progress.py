@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from autobatch.errors import InvalidArgumentError
-from autobatch.probe.search_arguments import check_count
+from autobatch.probe.search.arguments import check_count
 from autobatch.training.events import Event
 
 _REFRESH_S = 0.5  # reading a loss waits for the device

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from autobatch.errors import InvalidArgumentError
-from autobatch.probe.batch import move
-from autobatch.probe.data import batches_of
 from autobatch.probe.finder import find
-from autobatch.probe.forward import forward
 from autobatch.probe.workload import Workload
+from autobatch.probe.workload.batch import move
+from autobatch.probe.workload.data import batches_of
+from autobatch.probe.workload.forward import forward
 from autobatch.ranks import Ranks
 from autobatch.result import BatchSizeResult
 from autobatch.training.feed import count_samples

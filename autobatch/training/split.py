@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from autobatch.errors import InvalidArgumentError
-from autobatch.probe.batch import mapped, tensors
+from autobatch.probe.workload.batch import mapped, tensors
 
 
 def samples_of(batch: Any) -> int:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from autobatch.device.local import resolve_local
 from autobatch.errors import InvalidArgumentError
-from autobatch.probe.forward import device_of
-from autobatch.probe.search_arguments import check_count
-from autobatch.probe.workload_arguments import check_functions
+from autobatch.probe.search.arguments import check_count
+from autobatch.probe.workload.arguments import check_functions
+from autobatch.probe.workload.forward import device_of
 from autobatch.ranks import Ranks
 from autobatch.result import BatchSizeResult
 from autobatch.training.accumulator import Accumulator

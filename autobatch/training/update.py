@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from autobatch.probe.scaling import forget_step
+from autobatch.probe.workload.scaling import forget_step
 
 
 class Update:

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 from autobatch.cli import main
 from autobatch.probe import finder
-from autobatch.probe.processes import Server
+from autobatch.probe.processes.server import Server
 from autobatch.result import BatchSizeResult
 
 WORKLOADS = """

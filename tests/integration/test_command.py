@@ -29,9 +29,9 @@ from autobatch import (
 )
 from autobatch.cli import main
 from autobatch.device.host import HostDevice
-from autobatch.probe import command_run
-from autobatch.probe.command_executor import CommandExecutor
-from autobatch.probe.command_verdict import SHRANK
+from autobatch.probe.command import run as command_run
+from autobatch.probe.command.executor import CommandExecutor
+from autobatch.probe.command.verdict import SHRANK
 from autobatch.probe.trial import Attempt, TrialRequest
 from autobatch.units import MIB
 

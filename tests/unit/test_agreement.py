@@ -14,10 +14,10 @@ from filelock import FileLock, Timeout
 from autobatch.errors import DeviceNotFoundError, DoesNotFitError, InvalidArgumentError, RankError
 from autobatch.probe import lock, neighbours
 from autobatch.probe.agreement import Agreement
-from autobatch.probe.data import Extent
 from autobatch.probe.executor import Setting
-from autobatch.probe.processes import StrandedError
+from autobatch.probe.processes.server import StrandedError
 from autobatch.probe.trial import Attempt, TrialRequest
+from autobatch.probe.workload.data import Extent
 from autobatch.result import Measurement, Outcome, Trial
 from autobatch.testing import FakeDevice
 

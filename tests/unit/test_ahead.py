@@ -14,10 +14,10 @@ import pytest
 
 from autobatch.device.host import HostDevice
 from autobatch.errors import WorkloadFailedError
-from autobatch.probe.ahead import begun, server_for
 from autobatch.probe.isolation import ChildExecutor
-from autobatch.probe.job import job_of
-from autobatch.probe.processes import Server
+from autobatch.probe.processes.ahead import begun, server_for
+from autobatch.probe.processes.job import job_of
+from autobatch.probe.processes.server import Server
 from autobatch.probe.trial import TrialRequest
 from autobatch.result import Outcome
 from tests.workloads import small
@@ -50,7 +50,7 @@ made: list[Silent] = []
 @pytest.fixture
 def silent(monkeypatch: pytest.MonkeyPatch) -> None:
     made.clear()
-    monkeypatch.setattr("autobatch.probe.ahead.Server", Silent)
+    monkeypatch.setattr("autobatch.probe.processes.ahead.Server", Silent)
 
 
 def test_it_is_taken_once_with_a_job_of_whatever_kind(silent: None) -> None:

@@ -16,7 +16,7 @@ from autobatch.cli import main
 from autobatch.cli.accumulation import plan_of_equals
 from autobatch.probe import finder
 from autobatch.probe.command import Command
-from autobatch.probe.rounding import Rounding
+from autobatch.probe.search.rounding import Rounding
 from autobatch.result import BatchSizeResult, Outcome, Trial
 from autobatch.testing import FakeDevice
 from autobatch.units import GIB

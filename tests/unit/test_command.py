@@ -16,11 +16,11 @@ from autobatch import Command, InvalidArgumentError, WorkloadFailedError, find
 from autobatch.cli import main
 from autobatch.device.host import HostDevice
 from autobatch.errors import DeviceCorruptedError
-from autobatch.probe import command_executor
 from autobatch.probe.command import TRACKERS, tracker_variables
-from autobatch.probe.command_executor import CommandExecutor
-from autobatch.probe.command_run import Ending
-from autobatch.probe.command_verdict import SHRANK, attempt_of
+from autobatch.probe.command import executor as command_executor
+from autobatch.probe.command.executor import CommandExecutor
+from autobatch.probe.command.run import Ending
+from autobatch.probe.command.verdict import SHRANK, attempt_of
 from autobatch.probe.trial import TrialRequest
 from autobatch.result import Outcome
 from autobatch.testing import FakeDevice

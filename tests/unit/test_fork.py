@@ -20,7 +20,7 @@ from torch import nn
 
 from autobatch import BatchSizeResult, InvalidArgumentError, VirtualGPU, Workload, find
 from autobatch.device.host import CHILD_ENVIRONMENT, HostDevice
-from autobatch.probe import fork
+from autobatch.probe.processes import fork
 from autobatch.probe.state import fingerprint
 from autobatch.testing import FakeDevice
 from autobatch.units import GIB

@@ -19,7 +19,7 @@ import pytest
 from autobatch.device.host import HostDevice
 from autobatch.errors import DoesNotFitError, InvalidArgumentError, WorkloadFailedError
 from autobatch.probe.isolation import ChildExecutor
-from autobatch.probe.processes import ChildTraceback
+from autobatch.probe.processes.server import ChildTraceback
 from autobatch.probe.trial import TrialRequest
 from autobatch.result import Outcome
 from autobatch.units import MIB
@@ -171,7 +171,7 @@ def test_what_goes_wrong_in_building_is_raised_here(
 
 
 def test_a_model_that_alone_is_too_large_says_how_many_bytes_it_needs() -> None:
-    from autobatch.probe.building import build
+    from autobatch.probe.workload.building import build
 
     def builder(device: str) -> object:
         if device != "meta":

@@ -16,7 +16,7 @@ from autobatch import BatchSizeResult, InvalidArgumentError, Workload, find
 from autobatch.device.host import HostDevice
 from autobatch.errors import AutobatchWarning
 from autobatch.probe.cache import ResultCache, default_folder
-from autobatch.probe.signature import signature_of
+from autobatch.probe.workload.signature import signature_of
 from autobatch.testing import FakeDevice
 from autobatch.units import GIB, MIB
 from tests.workloads import small

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autobatch.errors import DoesNotFitError, InvalidArgumentError
-from autobatch.probe.rounding import Rounding
 from autobatch.probe.search import SearchAnswer, search
-from autobatch.probe.search_arguments import check_arguments
+from autobatch.probe.search.arguments import check_arguments
+from autobatch.probe.search.rounding import Rounding
 from autobatch.result import PROOFS, Measurement, Outcome, Trial
 
 CAPACITY = 10**12

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from autobatch.cli import main
 from autobatch.errors import DoesNotFitError
 from autobatch.probe import finder
-from autobatch.probe.sweep import next_guess, sample_bytes
+from autobatch.probe.search.sweep import next_guess, sample_bytes
 from autobatch.result import BatchSizeResult, Measurement, Outcome, Trial
 from autobatch.testing import FakeDevice
 from autobatch.units import GIB, MIB

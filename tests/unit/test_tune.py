@@ -27,7 +27,7 @@ from autobatch.integrations import sizes, tuning
 from autobatch.integrations.loaders import Source, set_batch_size, source_of
 from autobatch.integrations.sizes import exact_plan, searched, share_of
 from autobatch.integrations.workload import TrainerWorkload
-from autobatch.probe.signature import signature_of
+from autobatch.probe.workload.signature import signature_of
 
 LIBRARIES = ("transformers", "lightning", "pytorch_lightning", "accelerate", "ignite")
 

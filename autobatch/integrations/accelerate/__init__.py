@@ -33,8 +33,8 @@ from autobatch.integrations.loaders import Source, set_batch_size, source_of
 from autobatch.integrations.missing import needed
 from autobatch.integrations.sizes import searched, share_of
 from autobatch.integrations.workload import TrainerWorkload
-from autobatch.probe.forward import device_of, forward
-from autobatch.probe.workload_arguments import check_functions
+from autobatch.probe.workload.arguments import check_functions
+from autobatch.probe.workload.forward import device_of, forward
 from autobatch.result import BatchSizeResult
 
 with needed("accelerate"):

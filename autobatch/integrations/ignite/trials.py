@@ -16,8 +16,8 @@ from autobatch.errors import InvalidArgumentError, UnsupportedTrainerError
 from autobatch.integrations.loaders import Source
 from autobatch.integrations.reach import around, trained
 from autobatch.integrations.workload import TrainerWorkload
-from autobatch.probe.forward import device_of
 from autobatch.probe.state import interrupts_deferred
+from autobatch.probe.workload.forward import device_of
 from autobatch.training.accumulator import Accumulator
 from autobatch.training.plan import AccumulationPlan, plan_accumulation
 

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from autobatch.errors import AutobatchWarning
 from autobatch.integrations.loaders import Source
 from autobatch.integrations.workload import TrainerWorkload
-from autobatch.probe.batch import mapped, move, tensors
-from autobatch.probe.data import Batches
-from autobatch.probe.forward import device_of, local
 from autobatch.probe.state import interrupts_deferred, preserved
+from autobatch.probe.workload.batch import mapped, move, tensors
+from autobatch.probe.workload.data import Batches
+from autobatch.probe.workload.forward import device_of, local
 
 _PARALLELISM = "TOKENIZERS_PARALLELISM"
 _LOGGERS = ("transformers", "accelerate", "trl", "sentence_transformers")

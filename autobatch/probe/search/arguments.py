@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from autobatch.errors import InvalidArgumentError
-from autobatch.probe.rounding import Rounding
+from autobatch.probe.search.rounding import Rounding
 
 
 def check_arguments(

@@ -1,8 +1,8 @@
 """The largest batch size that fits: integers in, integers out. No torch, no device.
 
-The search keeps a bracket between a size that fits and one that does not (:mod:`autobatch.probe.bracket`) and asks
-inside it, where the peaks say the memory ends (:mod:`autobatch.probe.memory_fit`). A wrong guess costs trials, never
-correctness, and whatever an oracle answers, the search ends. Each phase below is headed by its invariant.
+The search keeps a bracket between a size that fits and one that does not (:mod:`autobatch.probe.search.bracket`) and
+asks inside it, where the peaks say the memory ends (:mod:`autobatch.probe.search.memory_fit`). A wrong guess costs
+trials, never correctness, and whatever an oracle answers, the search ends. Each phase below is headed by its invariant.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from autobatch.probe.bracket import LONGEST_JUMP, Ask, Bracket
-from autobatch.probe.memory_fit import MemoryFit
-from autobatch.probe.search_arguments import check_arguments
-from autobatch.probe.settling import STEP_DOWN, regain, settle
+from autobatch.probe.search.arguments import check_arguments
+from autobatch.probe.search.bracket import LONGEST_JUMP, Ask, Bracket
+from autobatch.probe.search.memory_fit import MemoryFit
+from autobatch.probe.search.settling import STEP_DOWN, regain, settle
 
 # Tuned on trials recorded on virtual cards (tests/data/oracles_*.json). Each changes what a search costs, none what it
 # answers.
@@ -71,7 +71,7 @@ def search(
         confirm: tries a candidate again, the way training would meet it. One that fails is stepped down.
         start: the size to ask first, rounded to a permitted one and to the cap.
         max_batch_size: a cap; nothing above it is asked.
-        multiple_of: which sizes are permitted, see :class:`~autobatch.probe.rounding.Rounding`.
+        multiple_of: which sizes are permitted, see :class:`~autobatch.probe.search.rounding.Rounding`.
         growth: factor from one size to the next while the peaks say nothing; a jump that they support may be longer.
         capacity_bytes: what the workload can have in all. Without it peaks are not used.
         first_guess: a size to ask in place of ``start`` because the answer is expected there.
@@ -82,7 +82,7 @@ def search(
 
     Raises:
         DoesNotFitError: not even the smallest permitted size fits.
-        InvalidArgumentError: see :func:`~autobatch.probe.search_arguments.check_arguments`.
+        InvalidArgumentError: see :func:`~autobatch.probe.search.arguments.check_arguments`.
     """
     rounding = check_arguments(
         start=start,

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from autobatch.probe.batch import loss_of
-from autobatch.probe.workload_arguments import AUTOCAST_DTYPES
+from autobatch.probe.workload.arguments import AUTOCAST_DTYPES
+from autobatch.probe.workload.batch import loss_of
 
 
 def forward(

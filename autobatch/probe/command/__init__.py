@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from autobatch.errors import InvalidArgumentError
-from autobatch.probe.search_arguments import check_count
+from autobatch.probe.search.arguments import check_count
 
 BATCH_SIZE, ACCUMULATION_STEPS, SCRATCH = "{batch_size}", "{accumulation_steps}", "{scratch}"
 

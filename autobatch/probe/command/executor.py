@@ -21,14 +21,14 @@ from autobatch.device.fraction import fraction_of
 from autobatch.errors import InvalidArgumentError, WorkloadFailedError
 from autobatch.hook import TRIAL_VARIABLE, python_path
 from autobatch.probe.command import Command, tracker_variables
-from autobatch.probe.command_run import Ending, Trace, run
-from autobatch.probe.command_verdict import SHRANK, attempt_of, is_end_of_data
+from autobatch.probe.command.run import Ending, Trace, run
+from autobatch.probe.command.verdict import SHRANK, attempt_of, is_end_of_data
 from autobatch.probe.executor import Setting, describe
 from autobatch.probe.isolation import ChildExecutor
-from autobatch.probe.processes import out_of_memory_kills
-from autobatch.probe.signature import Signature
+from autobatch.probe.processes.server import out_of_memory_kills
 from autobatch.probe.trial import Attempt, TrialRequest
 from autobatch.probe.workload import Workload
+from autobatch.probe.workload.signature import Signature
 from autobatch.result import BatchSizeResult
 from autobatch.virtual.folders import temporary_folder
 

@@ -21,8 +21,8 @@ from autobatch.errors import WorkloadFailedError
 from autobatch.probe.agreement import Agreement
 from autobatch.probe.executor import Setting
 from autobatch.probe.isolation import ChildExecutor
-from autobatch.probe.job import RENDEZVOUS_VARIABLES
-from autobatch.probe.processes import ANSWER_WITHIN_S, StrandedError, Worker, WorkerLostError, WorkerSource
+from autobatch.probe.processes.job import RENDEZVOUS_VARIABLES
+from autobatch.probe.processes.server import ANSWER_WITHIN_S, StrandedError, Worker, WorkerLostError, WorkerSource
 from autobatch.probe.trial import Attempt, TrialRequest
 
 _FAILED_KEY = "autobatch/failed"
@@ -31,7 +31,7 @@ _LOST_TOUCH = ("Connection closed by peer", "Connection reset by peer", "Broken 
 
 
 class Meeting:
-    """A :class:`~autobatch.probe.processes.Meeting`, opened anew for each generation of workers."""
+    """A :class:`~autobatch.probe.processes.server.Meeting`, opened anew for each generation of workers."""
 
     def __init__(self, agreement: Agreement, device: str) -> None:
         self._agreement = agreement

@@ -1,6 +1,6 @@
 """The processes in which trials run, as their prober sees them: a server that imports, and workers that it forks.
 
-The child's side is :mod:`autobatch.probe.worker`.
+The child's side is :mod:`autobatch.probe.processes.worker`.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import autobatch
 from autobatch.device.oom import Tier, classify_exit
 from autobatch.errors import WorkloadFailedError
-from autobatch.probe.worker import FORK, NEXT_JOB, NUMBER, Failure, Job, SignatureRequest
+from autobatch.probe.processes.worker import FORK, NEXT_JOB, NUMBER, Failure, Job, SignatureRequest
 from autobatch.result import Trial
 
 if TYPE_CHECKING:  # a server can be started before torch is imported here
     from autobatch.probe.executor import Setting
-    from autobatch.probe.signature import Signature
     from autobatch.probe.trial import TrialRequest
+    from autobatch.probe.workload.signature import Signature
 
 ANSWER_WITHIN_S = 600.0
 """A worker that is silent for so long hangs. Long enough for any trial of a few steps, compilation included."""
@@ -109,10 +109,10 @@ class Server:
         self._answer_within_s = ANSWER_WITHIN_S
         self.channel, theirs = socket.socketpair()
         root = str(Path(autobatch.__file__).parent.parent)
-        code = f"import sys; sys.path.insert(0, {root!r}); from autobatch.probe.worker import serve; serve({{}})"
+        code = f"import sys; sys.path.insert(0, {root!r}); from autobatch.probe.processes.worker import serve"
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", code.format(theirs.fileno())],
+                [sys.executable, "-c", f"{code}; serve({theirs.fileno()})"],
                 pass_fds=[theirs.fileno()],
                 env=dict(environment),
                 stdin=subprocess.DEVNULL,

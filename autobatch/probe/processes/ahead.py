@@ -9,9 +9,9 @@ import contextlib
 from collections.abc import Iterator
 
 from autobatch.device.base import Isolation
-from autobatch.probe.job import beginning
-from autobatch.probe.processes import Server
-from autobatch.probe.worker import Job
+from autobatch.probe.processes.job import beginning
+from autobatch.probe.processes.server import Server
+from autobatch.probe.processes.worker import Job
 
 _waiting: list[Server] = []
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from autobatch.errors import InvalidArgumentError
-from autobatch.probe.memory_fit import MemoryFit
-from autobatch.probe.rounding import Rounding
+from autobatch.probe.search.memory_fit import MemoryFit
+from autobatch.probe.search.rounding import Rounding
 from autobatch.result import Outcome, Trial
 
 Ask = Callable[[int], Trial]
@@ -23,8 +23,8 @@ class Bracket:
     """The largest rank that fitted, ``low`` (0 for none; in stepping down, the candidate, which need not have been
     asked), and the smallest above it that did not, ``high``.
 
-    Ranks count the permitted sizes (:class:`~autobatch.probe.rounding.Rounding`). Only ranks strictly inside are asked:
-    so none is asked twice, and every answer shrinks the bracket.
+    Ranks count the permitted sizes (:class:`~autobatch.probe.search.rounding.Rounding`). Only ranks strictly inside are
+    asked: so none is asked twice, and every answer shrinks the bracket.
     """
 
     ask: Ask

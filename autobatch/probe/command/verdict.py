@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from autobatch.device.oom import Tier, classify_exit
 from autobatch.errors import DeviceCorruptedError, WorkloadFailedError
-from autobatch.probe.command_run import Ending
+from autobatch.probe.command.run import Ending
 from autobatch.probe.trial import Attempt, Progress, TrialRequest, judge
 from autobatch.result import Measurement, Outcome, Trial
 

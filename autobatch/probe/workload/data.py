@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from autobatch.errors import InvalidArgumentError
-from autobatch.probe.batch import leaves, mapped, tensors
-from autobatch.probe.bracket import Ask
 from autobatch.probe.search import SearchAnswer, search
+from autobatch.probe.search.bracket import Ask
+from autobatch.probe.workload.batch import leaves, mapped, tensors
 
 Batches = Callable[[int], Any]
 """Makes a batch of n samples."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from autobatch.errors import DoesNotFitError
-from autobatch.probe.bracket import Ask, Bracket
+from autobatch.probe.search.bracket import Ask, Bracket
 from autobatch.result import Trial
 
 STEP_DOWN = 1 / 33  # a candidate that is not confirmed is stepped down by this part of it

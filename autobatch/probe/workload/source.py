@@ -11,9 +11,9 @@ from torch import nn
 
 from autobatch.device.base import Device
 from autobatch.errors import InvalidArgumentError
-from autobatch.probe.building import takes_device
 from autobatch.probe.command import Command
 from autobatch.probe.workload import Workload
+from autobatch.probe.workload.building import takes_device
 
 Source = Workload | Command | Callable[..., Any]
 """A Workload of live objects, a function without required arguments that builds one, or a training command."""

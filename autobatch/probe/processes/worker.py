@@ -243,8 +243,8 @@ def run_and_end(talk: Connection, work: Callable[[], NoReturn]) -> NoReturn:
 
 def _work(talk: Connection, builder: Callable[..., Any], job: Job) -> NoReturn:
     from autobatch.device.local import resolve_local
-    from autobatch.probe.building import build
     from autobatch.probe.executor import LocalExecutor, seeing_all
+    from autobatch.probe.workload.building import build
 
     if job.meets:
         os.environ.update(talk.recv())

@@ -24,13 +24,13 @@ import torch
 
 from autobatch.device.process import share_heap
 from autobatch.probe.executor import LocalExecutor
-from autobatch.probe.worker import answer_all, end_with_parent, ended_well, run_and_end
+from autobatch.probe.processes.worker import answer_all, end_with_parent, ended_well, run_and_end
 
 _TRIED_WITHIN_S = 5.0
 
 
 class Forks:
-    """A :class:`~autobatch.probe.processes.WorkerSource`. Each worker is the leader of a session of its own."""
+    """A :class:`~autobatch.probe.processes.server.WorkerSource`. Each worker is the leader of a session of its own."""
 
     is_host = True
     makes_many = True
