@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,8 +27,13 @@ def without_collections() -> Iterator[None]:
 @contextmanager
 def imports_of_a_command() -> Iterator[None]:
     """Inside, no garbage is collected, and at the end of the process none: to look once more at all that torch has made
-    takes half a second. For a process that is a command of ours; a program of the user's may have what waits for that.
+    takes half a second. For a command of ours; a program of the user's may have what waits for that.
     """
-    atexit.register(gc.freeze)
+    _collect_nothing_at_the_end()
     with without_collections():
         yield
+
+
+@functools.cache
+def _collect_nothing_at_the_end() -> None:
+    atexit.register(gc.freeze)

@@ -51,12 +51,12 @@ class Chosen:
         return place
 
     def server_ahead(self, workload: Target | Command, place: Device) -> AbstractContextManager[None]:
-        """Inside, the process of the trials imports torch as this one is about to, and serves every search."""
+        """Inside, the process of the trials imports torch as this one is about to, for one search after another."""
         from autobatch.probe.processes.ahead import begun
 
         if isinstance(workload, Command) or present_job().size > 1:
             return nullcontext()
-        return begun(place.isolation(), many=True)
+        return begun(place.isolation())
 
     def search(self, workload: Target | Command, place: Device, *, first_guess: int | None = None) -> BatchSizeResult:
         """Searches, shows each trial as it ends and what came of it."""

@@ -166,7 +166,7 @@ def workload_errors(ctx: click.Context) -> Iterator[None]:
 
 def _own_traceback(exc: BaseException) -> str:
     """The traceback of the process that raised ``exc``: frames of this one say nothing about the workload."""
-    from autobatch.probe.processes.server import ChildTraceback
+    from autobatch.probe.processes.errors import ChildTraceback
 
     if isinstance(exc.__cause__, ChildTraceback):
         return exc.__cause__.text

@@ -162,3 +162,12 @@ def _left_in(group: Path) -> int | None:
             counters = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
             return max(0, left_bytes) + int(counters.get(cache, 0))
     return None
+
+
+def out_of_memory_kills() -> int | None:
+    """How many processes the kernel has killed for lack of memory since it started; None where it does not say."""
+    try:
+        fields = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
+    except OSError:
+        return None
+    return int(fields["oom_kill"]) if "oom_kill" in fields else None

@@ -102,7 +102,9 @@ def _finish() -> NoReturn:
     if not record["done"]:
         record.update(done=True, samples=_samples(state.request["batch_size"]))
         trial.write()
-        gc.freeze()  # a last look for garbage among all that torch has made would take half a second
+        # A last look for garbage among all that torch has made would take half a second; what this run has made is
+        # thrown away, and a process that goes on is ended.
+        gc.freeze()
     raise SystemExit(0)
 
 

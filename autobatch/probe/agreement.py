@@ -18,7 +18,7 @@ from typing import Any, NoReturn, TypeVar
 from autobatch.device.oom import first_line
 from autobatch.errors import AutobatchError, DoesNotFitError, InvalidArgumentError, RankError, WorkloadFailedError
 from autobatch.probe.executor import Setting
-from autobatch.probe.processes.server import StrandedError
+from autobatch.probe.processes.errors import StrandedError
 from autobatch.probe.processes.worker import portable
 from autobatch.probe.state import interrupts_deferred
 from autobatch.probe.trial import Attempt, TrialRequest

@@ -34,8 +34,8 @@ from autobatch.probe.places import executor_of
 from autobatch.probe.processes.worker import check_not_importing_main
 from autobatch.probe.recall import Recall
 from autobatch.probe.search.arguments import check_arguments, within_effective_batch
+from autobatch.probe.source import Source, source_of
 from autobatch.probe.workload import Workload
-from autobatch.probe.workload.source import Source, source_of
 from autobatch.ranks import Ranks
 from autobatch.result import BatchSizeResult, Trial
 from autobatch.units import parse_bytes

@@ -20,7 +20,7 @@ from autobatch.probe.executor import Executor, Setting
 from autobatch.probe.isolation import ChildExecutor
 from autobatch.probe.processes.ahead import begun
 from autobatch.probe.processes.job import is_importable
-from autobatch.probe.workload.source import Source, builder_of
+from autobatch.probe.source import Source, builder_of
 from autobatch.virtual.attach import present_state
 from autobatch.virtual.catalog import cards
 from autobatch.virtual.device import VirtualGPU
@@ -76,6 +76,12 @@ class Twin:
             warnings.simplefilter("ignore", AutobatchWarning)  # it gives a first guess, no answer
             self.device = VirtualGPU(card, any_capability=True)  # as long as it is there, so is the card
         self.executor = _there(source, self.device)
+        self._ahead = ExitStack()
+
+    def begin(self) -> None:
+        """From now on the process of its trials imports torch, if they need one."""
+        if self.executor is not None:
+            self._ahead.enter_context(begun(self.device.isolation()))
 
     def stands_for(self, setting: Setting) -> bool:
         """Whether trials here can say what those in ``setting`` may have: the card has its kernels, and the memory."""
@@ -86,8 +92,11 @@ class Twin:
 
     def close(self) -> None:
         """Ends the processes of the trials."""
-        if self.executor is not None:
-            self.executor.close()
+        try:
+            if self.executor is not None:
+                self.executor.close()
+        finally:
+            self._ahead.close()
 
 
 @contextmanager
@@ -100,8 +109,7 @@ def twin_ahead(source: Source, device: Device) -> Iterator[Twin | None]:
         try:
             if not isinstance(source, Command) and (card := _card_ahead(device)) is not None:
                 twin = stack.enter_context(closing(Twin(source, card)))
-                if twin.executor is not None:
-                    stack.enter_context(begun(twin.device.isolation()))
+                twin.begin()
         except Exception:  # noqa: BLE001 - a twin that cannot be had ahead is asked for later, and tells why
             twin = None
         yield twin

@@ -20,9 +20,10 @@ from autobatch.device.oom import Tier
 from autobatch.errors import DeviceError, WorkloadFailedError
 from autobatch.probe.executor import Agree, LocalExecutor, Setting, alone
 from autobatch.probe.processes.ahead import server_for
+from autobatch.probe.processes.errors import WorkerLostError
 from autobatch.probe.processes.fork import Forks
 from autobatch.probe.processes.job import job_of
-from autobatch.probe.processes.server import ANSWER_WITHIN_S, Worker, WorkerLostError, WorkerSource
+from autobatch.probe.processes.server import ANSWER_WITHIN_S, Worker, WorkerSource
 from autobatch.probe.trial import Attempt, TrialRequest
 from autobatch.probe.workload.signature import Signature
 from autobatch.result import Outcome, Trial

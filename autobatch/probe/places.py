@@ -14,13 +14,13 @@ from autobatch.probe.command import Command
 from autobatch.probe.command.executor import CommandExecutor
 from autobatch.probe.executor import Executor, LocalExecutor
 from autobatch.probe.isolation import ChildExecutor, ForkExecutor
+from autobatch.probe.meeting import MeetingExecutor
 from autobatch.probe.processes.fork import forks_are_safe
 from autobatch.probe.processes.job import is_importable
-from autobatch.probe.processes.meeting import MeetingExecutor
+from autobatch.probe.source import Source, builder_of, check_placed
 from autobatch.probe.state import preserved
 from autobatch.probe.workload import Workload
 from autobatch.probe.workload.building import build
-from autobatch.probe.workload.source import Source, builder_of, check_placed
 
 
 @contextmanager

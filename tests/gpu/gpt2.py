@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 SIZES = ["small", pytest.param("whole", marks=pytest.mark.slow)]
+_OPTIONS = {"small": {"n_layer": 2, "n_embd": 256, "n_head": 4}, "whole": {}}
 
 
 def gpt2(size: str) -> Any:
     """The small one has all the words, whose scores take most of the memory of a sample, and little else."""
     config, model = _classes()
-    return model(config(use_cache=False, **({"n_layer": 2, "n_embd": 256, "n_head": 4} if size == "small" else {})))
+    return model(config(use_cache=False, **_OPTIONS[size]))
 
 
 @functools.cache

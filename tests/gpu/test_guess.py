@@ -22,7 +22,7 @@ from autobatch.probe.guess import virtual_guess
 from autobatch.probe.isolation import ChildExecutor
 from autobatch.probe.processes.server import Server
 from autobatch.probe.search.rounding import Rounding
-from autobatch.probe.workload.source import source_of
+from autobatch.probe.source import source_of
 from autobatch.virtual.catalog import find_card
 from autobatch.virtual.resolve import resolve_device
 from tests.conftest import has_real_gpu

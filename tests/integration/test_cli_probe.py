@@ -177,7 +177,9 @@ class TestCodes:
     def test_4_with_the_workloads_own_traceback(self, script):
         done = probe(f"{script}:failing", "--gpu", "t4")
         assert done.exit_code == 4
-        assert "workloads_of_mine.py" in done.stderr
+        frames = [line for line in done.stderr.splitlines() if line.startswith("  File ")]
+        assert frames
+        assert all("workloads_of_mine.py" in frame for frame in frames), done.stderr
         assert done.stderr.endswith("KeyError: 'row 5 is missing'\n")
 
     def test_4_when_the_function_ends_the_process(self, script):

@@ -138,7 +138,7 @@ def test_kills_at_random_moments_leave_nothing(bench: Bench, waited: Waited, kil
     moments = random.Random(9)
     ended = 0
     for number in range(kills):
-        probe = bench.start(1001 + number)
+        probe = bench.start(1001 + kills + number)  # which no other test has asked for
         time.sleep(moments.uniform(0, 1.1 * waited.took_s))
         probe.send_signal(signal.SIGKILL)
         probe.communicate(timeout=120)

@@ -9,6 +9,10 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
+
+from autobatch.cli import main
+from autobatch.probe.processes.server import Server
 
 TARGET = """
     import torch
@@ -31,15 +35,23 @@ def script(tmp_path: Path) -> Path:
     return path
 
 
+GPU = ["--gpu", "memory=2GiB,capability=8.0"]
+
+
 def probe(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "autobatch", "probe", *map(str, arguments), "--gpu", "memory=2GiB,capability=8.0"]
+    command = [sys.executable, "-m", "autobatch", "probe", *map(str, arguments), *GPU]
     return subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
 
 
-def test_each_search_begins_where_the_last_ones_lead(script: Path, tmp_path: Path):
-    path = tmp_path / "sweep.json"
-    done = probe(f"{script}:build", "--sweep", "seq_len=64,128,256", "--json", path)
-    assert (done.returncode, done.stderr) == (0, "")
+def test_each_search_begins_where_the_last_ones_lead_and_one_server_is_enough(
+    script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path, servers, start = tmp_path / "sweep.json", list[Server](), Server.__init__
+    monkeypatch.setattr(Server, "__init__", lambda self, *args: (servers.append(self), start(self, *args))[1])
+    words = ["probe", f"{script}:build", "--sweep", "seq_len=64,128,256", "--json", str(path), *GPU]
+    done = CliRunner().invoke(main, words)
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert len(servers) == 1
     rows = json.loads(path.read_text())["results"]
     sizes = [row["batch_size"] for row in rows]
     assert sizes[0] / sizes[1] == pytest.approx(2, rel=0.05)

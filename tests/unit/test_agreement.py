@@ -15,7 +15,7 @@ from autobatch.errors import DeviceNotFoundError, DoesNotFitError, InvalidArgume
 from autobatch.probe import lock, neighbours
 from autobatch.probe.agreement import Agreement
 from autobatch.probe.executor import Setting
-from autobatch.probe.processes.server import StrandedError
+from autobatch.probe.processes.errors import StrandedError
 from autobatch.probe.trial import Attempt, TrialRequest
 from autobatch.probe.workload.data import Extent
 from autobatch.result import Measurement, Outcome, Trial

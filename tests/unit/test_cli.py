@@ -161,7 +161,7 @@ def test_the_workloads_own_error_shows_the_end_of_its_traceback(failing, monkeyp
 
 
 def test_the_traceback_of_a_child_process_is_its_own_not_ours(failing):
-    from autobatch.probe.processes.server import ChildTraceback
+    from autobatch.probe.processes.errors import ChildTraceback
 
     try:
         raise KeyError("x") from ChildTraceback('  File "train.py", line 3, in step\nKeyError: x\n')

@@ -19,7 +19,7 @@ import pytest
 from autobatch.device.host import HostDevice
 from autobatch.errors import DoesNotFitError, InvalidArgumentError, WorkloadFailedError
 from autobatch.probe.isolation import ChildExecutor
-from autobatch.probe.processes.server import ChildTraceback
+from autobatch.probe.processes.errors import ChildTraceback
 from autobatch.probe.trial import TrialRequest
 from autobatch.result import Outcome
 from autobatch.units import MIB

@@ -67,6 +67,15 @@ WITHOUT_TORCH = (
 )
 
 
+# What the folders in probe/ may import of it, beside themselves.
+IN_PROBE = {
+    "search": set[str](),
+    "workload": {"search"},
+    "processes": {"workload", "trial", "executor", "lock"},
+    "command": {"search", "workload", "trial", "executor", "processes", "isolation"},
+}
+
+
 def sources() -> list[Path]:
     return sorted(path for path in PACKAGE.rglob("*.py"))
 
@@ -128,6 +137,15 @@ def test_imports_go_downwards_only(path: Path) -> None:
         assert other == part or HEIGHT[other] < HEIGHT[part], f"{part} imports {module}, which is not below it"
 
 
+@pytest.mark.parametrize("folder", IN_PROBE)
+def test_the_folders_in_probe_stand_on_one_another(folder: str) -> None:
+    for path in (PACKAGE / "probe" / folder).glob("*.py"):
+        for module in own_modules(imported(path)):
+            if module.startswith("probe/"):
+                other = module.split("/")[1]
+                assert other in {folder, *IN_PROBE[folder]}, f"{module_of(path)} imports {module}"
+
+
 @pytest.mark.parametrize("path", sources(), ids=module_of)
 def test_other_peoples_trainers_stay_in_their_integration(path: Path) -> None:
     module = module_of(path)
@@ -184,10 +202,15 @@ def test_imports_where_unix_modules_are_missing() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["device/oom", "device/process", *(module_of(path) for path in sources() if part_of(module_of(path)) == "hook")],
+    [
+        "device/oom",
+        "device/process",
+        "imports",
+        *(module_of(path) for path in sources() if part_of(module_of(path)) == "hook"),
+    ],
 )
 def test_what_runs_in_a_command_s_own_interpreter_needs_the_standard_library_alone(module: str) -> None:
-    """The hook loads the first two by their files, so that no import of theirs would be found."""
+    """The hook loads the first three by their files, so that no import of theirs would be found."""
     names = imported(PACKAGE / f"{module}.py", at_import_only=True)
     assert {name.split(".")[0] for name in names} <= {*sys.stdlib_module_names, "__future__"}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from autobatch import BatchSizeResult, InvalidArgumentError, Workload, find
 from autobatch.device.host import HostDevice
 from autobatch.errors import AutobatchWarning
 from autobatch.probe.cache import ResultCache, default_folder
+from autobatch.probe.search.arguments import check_count
+from autobatch.probe.workload import signature
 from autobatch.probe.workload.signature import signature_of
 from autobatch.testing import FakeDevice
-from autobatch.units import GIB, MIB
+from autobatch.units import GIB, MIB, parse_bytes
 from tests.workloads import small
 
 
@@ -282,6 +285,12 @@ class TestSignature:
         before = self.text(make())
         monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         assert self.text(make()) != before
+
+    def test_our_own_code_is_no_part_of_a_workload(self, make):
+        """Else every kept answer of a built-in target were lost with any change of ours."""
+        workload = make()
+        workload.sample, workload.loss_fn = partial(parse_bytes, "1"), check_count
+        assert not {"units.py", "arguments.py"} & {name for name, _ in signature._sources(workload)}
 
     def test_the_code_of_the_model_tells_workloads_apart(self, tmp_path, monkeypatch):
         path, texts = tmp_path / "net_of_mine.py", []

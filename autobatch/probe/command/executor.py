@@ -18,6 +18,7 @@ import platformdirs
 
 from autobatch.device.base import Device
 from autobatch.device.fraction import fraction_of
+from autobatch.device.process import out_of_memory_kills
 from autobatch.errors import InvalidArgumentError, WorkloadFailedError
 from autobatch.hook import TRIAL_VARIABLE, python_path
 from autobatch.probe.command import Command, tracker_variables
@@ -25,7 +26,6 @@ from autobatch.probe.command.run import Ending, Trace, run
 from autobatch.probe.command.verdict import SHRANK, attempt_of, is_end_of_data
 from autobatch.probe.executor import Setting, describe
 from autobatch.probe.isolation import ChildExecutor
-from autobatch.probe.processes.server import out_of_memory_kills
 from autobatch.probe.trial import Attempt, TrialRequest
 from autobatch.probe.workload import Workload
 from autobatch.probe.workload.signature import Signature

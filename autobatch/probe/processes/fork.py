@@ -112,7 +112,8 @@ def _fork(work: Callable[[], NoReturn]) -> int:
 
 def _end_session(pid: int) -> int:
     """Waits for ``pid`` to end, kills what it has left behind, and returns its wait status."""
-    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # not reaped yet, so that its number cannot be another's
+    if hasattr(os, "waitid"):  # which macOS has since Python 3.13
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # not reaped yet, so that its number cannot be another's
     with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS refuses to signal what has ended
         os.killpg(pid, signal.SIGKILL)
     return os.waitpid(pid, 0)[1]

@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import autobatch
 from autobatch.device.oom import Tier, classify_exit
+from autobatch.device.process import out_of_memory_kills
 from autobatch.errors import WorkloadFailedError
+from autobatch.probe.processes.errors import ChildTraceback, SilenceError, StrandedError, WorkerLostError
 from autobatch.probe.processes.worker import FORK, NEXT_JOB, NUMBER, Failure, Job, SignatureRequest
 from autobatch.result import Trial
 
@@ -34,40 +36,16 @@ ANSWER_WITHIN_S = 600.0
 _LOOK_S = 0.1  # how often to look whether another rank's process has failed
 
 
-class ChildTraceback(Exception):
-    """The cause of an error that a child process raised: its traceback there, as text."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self.text = text
-
-    def __str__(self) -> str:
-        return f"\n\n{self.text}"
-
-
-class WorkerLostError(Exception):
-    """A worker died or hangs. ``tier`` is what its end says about memory, if anything."""
-
-    def __init__(self, message: str, tier: Tier | None) -> None:
-        super().__init__(message)
-        self.tier = tier
-
-
-class SilenceError(WorkloadFailedError):
-    """A child process said nothing for too long."""
-
-
-class StrandedError(Exception):
-    """A trial was given up because another rank's had failed: this one waited for it, or lost touch with it."""
-
-
 class WorkerSource(Protocol):
     """Where workers come from, one after the other."""
 
-    is_host: bool
-    """Whether they train on host memory, where a crash may be a refusal of memory."""
-    makes_many: bool
-    """False where it is a worker itself, and ends with it."""
+    @property
+    def is_host(self) -> bool:
+        """Whether they train on host memory, where a crash may be a refusal of memory."""
+
+    @property
+    def makes_many(self) -> bool:
+        """False where it is a worker itself, and ends with it."""
 
     def ready(self) -> None:
         """Waits until it can make workers, once. Raises what its imports raised."""
@@ -79,7 +57,7 @@ class WorkerSource(Protocol):
         """How the last worker ended, as ``waitpid`` tells it; waits for that."""
 
     def close(self) -> None:
-        """Ends what is left."""
+        """Ends what is left for this search."""
 
 
 class Meeting(Protocol):
@@ -103,9 +81,10 @@ class Server:
     def __init__(self, environment: Mapping[str, str], paths: Mapping[str, Any]) -> None:
         self.environment, self.paths = environment, paths
         self.is_host = self.makes_many = False  # until it has a job, and says so
+        self._job: Job | None = None
+        self._worker_status: int | None = None  # how the last worker ended
+        self._is_at_rest = False  # it can make workers, and has none
         self._is_closed = False  # when it is, its number may be another's
-        self._has_job = False
-        self._is_at_rest = False  # it has made workers, or could, and the last one is gone
         self._answer_within_s = ANSWER_WITHIN_S
         self.channel, theirs = socket.socketpair()
         root = str(Path(autobatch.__file__).parent.parent)
@@ -124,23 +103,21 @@ class Server:
             self.close()
             raise
 
+    def can_take(self, job: Job) -> bool:
+        """Whether it can be given ``job``: it lives, and has had none, or has no worker now and the same variables."""
+        if self._is_closed or self._status(wait=False) is not None:
+            return False
+        former = self._job
+        return former is None or (self._is_at_rest and (former.main, former.variables) == (job.main, job.variables))
+
     def give(self, job: Job, answer_within_s: float) -> None:
-        """Tells what its workers are to do. Another time only where it ``can_go_on``."""
-        self.is_host, self._answer_within_s = job.device == "cpu", answer_within_s
-        if self._has_job:
+        """Tells what its workers are to do."""
+        former, self._job, self._is_at_rest = self._job, job, False
+        self.is_host, self.makes_many, self._answer_within_s = job.device == "cpu", False, answer_within_s
+        if former is not None:
             with contextlib.suppress(ConnectionError):
                 self.channel.sendall(NEXT_JOB)
-        self._has_job, self._is_at_rest = True, False
         self._tell(job)
-
-    @property
-    def lives(self) -> bool:
-        return not self._is_closed and self.process.poll() is None
-
-    @property
-    def can_go_on(self) -> bool:
-        """Whether it can be given another job: it lives, and has no worker."""
-        return self.lives and self._is_at_rest
 
     def _tell(self, message: object) -> None:
         with Connection(os.dup(self.channel.fileno())) as talk, contextlib.suppress(ConnectionError):
@@ -151,46 +128,73 @@ class Server:
             with Connection(os.dup(self.channel.fileno())) as talk:
                 self.makes_many = bool(_answer(talk, self._answer_within_s, "importing the workload"))
         except (EOFError, ConnectionError):
-            end = _end(_as_wait_status(self.process.wait()))
+            error = self._lost("while it imported")
             self.close()
-            raise WorkloadFailedError(f"the child process {end} while it imported") from None
+            raise error from None
         except BaseException:
             self.close()
             raise
         self._is_at_rest = self.makes_many
 
     def start_worker(self) -> tuple[int, Connection]:
-        self._is_at_rest = False
+        self._worker_status, self._is_at_rest = None, False
         ours, theirs = socket.socketpair()
         with theirs:
-            socket.send_fds(self.channel, [FORK], [theirs.fileno()])
+            try:
+                socket.send_fds(self.channel, [FORK], [theirs.fileno()])
+            except ConnectionError:
+                ours.close()
+                raise self._lost() from None
         connection = Connection(ours.detach())
         return (self._read_number() if self.makes_many else self.process.pid), connection
 
     def wait_status(self) -> int:
         if not self.makes_many:
-            return _as_wait_status(self.process.wait())
-        status = self._read_number()
+            return self._status(wait=True) or 0
+        if self._worker_status is None:  # it is told once, and an interrupt may come before it is handed on
+            self._worker_status = self._read_number()
         self._is_at_rest = True
-        return status
+        return self._worker_status
 
     def close(self) -> None:
         self.channel.close()
         if not self._is_closed:
-            self._is_closed = True
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS refuses to signal what has ended
                 os.killpg(self.process.pid, signal.SIGKILL)
+            self._is_closed = True
             self.process.wait()
 
     def _read_number(self) -> int:
         data = b""
         while len(data) < NUMBER.size:
-            part = self.channel.recv(NUMBER.size - len(data))
+            try:
+                part = self.channel.recv(NUMBER.size - len(data))
+            except ConnectionError:
+                part = b""
             if not part:
-                raise WorkloadFailedError(f"the child process {_end(_as_wait_status(self.process.wait()))}")
+                raise self._lost()
             data += part
         number: int = NUMBER.unpack(data)[0]
         return number
+
+    def _lost(self, doing: str = "") -> WorkloadFailedError:
+        """The error that says how it ended. Waits for that."""
+        return WorkloadFailedError(f"the child process {_end(self._status(wait=True) or 0)} {doing}".rstrip())
+
+    def _status(self, *, wait: bool) -> int | None:
+        """How it ended, as ``waitpid`` tells it; None if it lives. It is not reaped: nobody else is to have its number
+        before :meth:`close` has sent a signal there.
+        """
+        if not hasattr(os, "waitid"):  # macOS before Python 3.13
+            returncode = self.process.wait() if wait else self.process.poll()
+            return None if returncode is None else _as_wait_status(returncode)
+        try:
+            ended = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT | (0 if wait else os.WNOHANG))
+        except ChildProcessError:  # somebody else has reaped it
+            return 0
+        if ended is None:
+            return None
+        return ended.si_status << 8 if ended.si_code == os.CLD_EXITED else ended.si_status
 
 
 class Worker:
@@ -282,12 +286,3 @@ def _end(status: int) -> str:
 
 def _as_wait_status(returncode: int) -> int:
     return -returncode if returncode < 0 else returncode << 8
-
-
-def out_of_memory_kills() -> int | None:
-    """How many processes the kernel has killed for lack of memory since it started; None where it does not say."""
-    try:
-        fields = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
-    except OSError:
-        return None
-    return int(fields["oom_kill"]) if "oom_kill" in fields else None

@@ -1,4 +1,4 @@
-"""The child's side of :mod:`autobatch.probe.isolation`.
+"""The child's side of :mod:`autobatch.probe.processes.server`.
 
 One server imports torch and the workload's module, and touches neither the device nor CPU threads; each worker is
 its fork, so that a fresh process costs a tenth of a second instead of all the imports. A worker builds the workload
@@ -27,6 +27,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import autobatch
 from autobatch.errors import InvalidArgumentError
 from autobatch.imports import without_collections
 
@@ -97,12 +98,12 @@ def serve(descriptor: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the prober's to handle; it ends us
     channel = socket.socket(fileno=descriptor)
     talk = Connection(os.dup(descriptor))
-    with _raised_by_the_prober(talk):
+    with _failure_ends_this(talk):
         spawn.prepare(talk.recv())
         _import_torch()
     goes_on = True
     while goes_on:
-        with _raised_by_the_prober(talk):
+        with _failure_ends_this(talk):
             job = _next_job(talk)
             builder = _import(job)
         gc.freeze()  # what is imported is not garbage: each collection in a worker is spared looking at it
@@ -112,7 +113,7 @@ def serve(descriptor: int) -> None:
 
 
 @contextlib.contextmanager
-def _raised_by_the_prober(talk: Connection) -> Iterator[None]:
+def _failure_ends_this(talk: Connection) -> Iterator[None]:
     """An exception inside ends this process, and is raised again where its prober waits for an answer."""
     try:
         yield
@@ -153,7 +154,7 @@ def portable(exc: BaseException) -> Failure:
 
 def _workload_frames(frames: TracebackType | None) -> TracebackType | None:
     """``frames`` from where autobatch calls the workload on: those before say nothing about an error of its own."""
-    root, found = str(Path(__file__).parent.parent), frames
+    root, found = str(Path(autobatch.__file__).parent), frames
     while found is not None and found.tb_frame.f_code.co_filename.startswith(root):
         found = found.tb_next
     return found or frames

@@ -1,7 +1,7 @@
 """What is trained: a model, its optimizer, its loss, and a batch of n samples.
 
-A workload knows how to run one training step, or one evaluation, of n samples. It knows nothing of devices'
-memory and nothing of searching.
+A workload knows how to run one training step, or one evaluation, of n samples. It knows nothing of a
+device's memory.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+import autobatch
 from autobatch.probe.workload import Workload
 
 _SCALARS = (bool, int, float, str, type(None))
@@ -28,7 +29,7 @@ _VARIABLES = (
     "TORCH_BLAS_PREFER_CUBLASLT",
 )
 """Variables that change what the allocator or a library takes."""
-_LIBRARIES = (Path(torch.__file__).parent, Path(__file__).parents[1])  # their versions are in the question anyway
+_LIBRARIES = (Path(torch.__file__).parent, Path(autobatch.__file__).parent)  # their versions are in the question anyway
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,8 +21,9 @@ from autobatch.errors import WorkloadFailedError
 from autobatch.probe.agreement import Agreement
 from autobatch.probe.executor import Setting
 from autobatch.probe.isolation import ChildExecutor
+from autobatch.probe.processes.errors import StrandedError, WorkerLostError
 from autobatch.probe.processes.job import RENDEZVOUS_VARIABLES
-from autobatch.probe.processes.server import ANSWER_WITHIN_S, StrandedError, Worker, WorkerLostError, WorkerSource
+from autobatch.probe.processes.server import ANSWER_WITHIN_S, Worker, WorkerSource
 from autobatch.probe.trial import Attempt, TrialRequest
 
 _FAILED_KEY = "autobatch/failed"
