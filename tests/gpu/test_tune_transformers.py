@@ -87,7 +87,7 @@ def test_gpt2_trains_with_what_was_found_and_runs_out_above(
     assert result.smallest_failure is not None
     del trainer
     more = math.ceil(1.2 * result.smallest_failure)  # which may have failed by the headroom alone
-    options |= {"per_device_train_batch_size": more, "gradient_accumulation_steps": 4}
+    options = {**options, "per_device_train_batch_size": more, "gradient_accumulation_steps": 4}
     with pytest.raises(torch.OutOfMemoryError):
         writing(tmp_path, size, **options).train()
 
