@@ -68,7 +68,9 @@ def identify(device: Device) -> DeviceInfo:
             return dataclasses.replace(gpu, virtual=present_state() is not None)
     import torch
 
-    return DeviceInfo(name=torch.cuda.get_device_name(device.torch_device), kind=kind)
+    # Of GPUs that differ only CUDA knows the order.
+    name, virtual = torch.cuda.get_device_name(device.torch_device), present_state() is not None
+    return DeviceInfo(name=name, kind=kind, virtual=virtual)
 
 
 def local_devices() -> list[DeviceInfo]:

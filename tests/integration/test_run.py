@@ -253,7 +253,9 @@ def shared(tmp_path_factory):
     (folder / "use.py").write_text(
         "import sys, torch\n"
         "index, mebibytes = map(int, sys.argv[1:])\n"
-        "print(torch.cuda.device_count())\n"
+        "from autobatch.cli.devices import identify\n"
+        "from autobatch.device.local import resolve_local\n"
+        "print(torch.cuda.device_count(), identify(resolve_local(f'cuda:{index}')).virtual)\n"
         "torch.empty(mebibytes << 20, dtype=torch.uint8, device=f'cuda:{index}')\n"
     )
     (folder / "ask.py").write_text(
@@ -266,7 +268,7 @@ def shared(tmp_path_factory):
     """
     done = run("--gpu", "t4", "--gpu", "l4", "--", "sh", "-c", shell, sys.executable, folder=folder)
     assert done.exit_code == 0, done.stderr
-    assert done.stdout == "2\n2\n1\n1\n"
+    assert done.stdout == "2 True\n2 True\n1 True\n1 True\n"
     return done.rows
 
 
