@@ -7,7 +7,9 @@
 3    the device: not there, does not answer, or broken
 4    the workload failed by itself
 70   an error of autobatch's own, which is shown whole
+129  terminated by SIGHUP: the terminal is gone
 130  interrupted
+141  nobody reads the output any more
 143  terminated
 ==== =======================================================
 """
@@ -15,7 +17,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import sys
 import threading
 import traceback
 import warnings
@@ -37,6 +41,7 @@ from autobatch.errors import (
 )
 
 DOES_NOT_FIT, BAD_USAGE, DEVICE_ERROR, WORKLOAD_FAILED, INTERNAL_ERROR, INTERRUPTED = 1, 2, 3, 4, 70, 130
+NOBODY_READS = 128 + 13  # as a shell has it of a program that SIGPIPE ends
 
 _SHOWN_LINES = 24
 _NEEDS_TWO = "Expected more than 1 value per channel when training"  # torch/nn/functional.py, of batch norm
@@ -129,8 +134,13 @@ def _coded(ctx: click.Context) -> Iterator[None]:
         raise Failure("terminated", int(str(exc.code)), _details(ctx, exc)) from exc
     except AutobatchError as exc:
         raise Failure(_line(ctx, exc), exit_code_of(exc), _details(ctx, exc)) from exc
-    except (click.ClickException, BrokenPipeError):  # click ends quietly when nobody reads on, as in `... | head`
+    except click.ClickException:
         raise
+    except (BrokenPipeError, SystemExit) as exc:
+        if not _says_that_nobody_reads(exc):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
+        raise click.exceptions.Exit(NOBODY_READS) from exc
     except Exception as exc:
         whole = "".join(traceback.format_exception(exc))
         raise Failure("this is an error of autobatch itself; please report it", INTERNAL_ERROR, whole) from exc
@@ -161,7 +171,17 @@ def workload_errors(ctx: click.Context) -> Iterator[None]:
     except (AutobatchError, click.ClickException, click.exceptions.Exit, Terminated):
         raise
     except (Exception, SystemExit) as exc:
+        if _says_that_nobody_reads(exc):
+            raise
         raise Failure(_workload_line(exc), WORKLOAD_FAILED, _tail(ctx, _own_traceback(exc))) from exc
+
+
+def _says_that_nobody_reads(exc: BaseException) -> bool:
+    """Whether our output goes nowhere any more, as in ``autobatch ... | head``; rich makes an exit with 1 of that."""
+    from autobatch.probe.processes.errors import ChildTraceback
+
+    broken = exc.__context__ if isinstance(exc, SystemExit) else exc
+    return isinstance(broken, BrokenPipeError) and not isinstance(broken.__cause__, ChildTraceback)
 
 
 def _own_traceback(exc: BaseException) -> str:

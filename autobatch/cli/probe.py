@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import tempfile
 from collections.abc import Iterator
@@ -23,9 +24,15 @@ from autobatch.cli.targets.common import OPTIMIZERS
 from autobatch.cli.targets.hf import TASKS
 from autobatch.errors import InvalidArgumentError
 from autobatch.probe.command import Command
+from autobatch.probe.search.arguments import check_arguments
 from autobatch.units import parse_bytes
 
 _MODEL_OPTIONS = tuple(ModelOptions.__dataclass_fields__)
+_SEARCH_OPTIONS = ("start", "max_batch_size", "multiple_of", "avoid_oom", "time_limit_s")
+_ENDS = (
+    signal.SIGTERM,
+    *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []),
+)  # Windows has no terminals that hang up
 
 
 def _bytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
@@ -33,6 +40,13 @@ def _bytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int
         return None if value is None else parse_bytes(int(value) if value.isdigit() else value)
     except InvalidArgumentError as exc:
         raise click.BadParameter(f"{value!r} must be {exc.allowed}") from exc
+
+
+def _number(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
+    """Not ``nan``, which is in every range."""
+    if value is not None and not math.isfinite(value):
+        raise click.BadParameter(f"{value} must be a finite number")
+    return value
 
 
 def _only(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> str:
@@ -93,6 +107,7 @@ def _picture(ctx: click.Context, param: click.Parameter, value: str | None) -> P
 @click.option(
     "--headroom",
     type=click.FloatRange(0, 1, max_open=True),
+    callback=_number,
     default=0.05,
     show_default=True,
     metavar="FRACTION",
@@ -136,11 +151,13 @@ def _picture(ctx: click.Context, param: click.Parameter, value: str | None) -> P
     "--time-limit",
     "time_limit_s",
     type=click.FloatRange(0, min_open=True),
+    callback=_number,
     metavar="SECONDS",
     help="After that no larger size is tried.",
 )
 @click.option(
     "--sweep",
+    multiple=True,
     callback=parse_sweep,
     metavar="OPTION=N,N,...",
     help="The largest batch at each value of seq_len or image_size, such as seq_len=512,1024,2048.",
@@ -226,7 +243,8 @@ def probe(
     # A picture is drawn of the trials, and the cache has them no more. A command is nothing that it could know again.
     if not options["cache"] or command is not None or (plot_path is not None and sweep is None):
         options["cache"] = None
-    with _ended_by_sigterm(), in_job(ctx, of_command=command is not None) as job:
+    check_arguments(**{name: options[name] for name in _SEARCH_OPTIONS})  # before anything is imported or shown
+    with _ended_by_signals(), in_job(ctx, of_command=command is not None) as job:
         options |= job.options(ctx)
         chosen = Chosen(ctx, job.device(device), any_capability, count, options, effective)
         plot_path = plot_path if job.speaks else None
@@ -248,17 +266,24 @@ def _write(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """Inside, SIGTERM ends the command as an interrupt does: the child processes go, and a virtual GPU's files."""
+def _ended_by_signals() -> Iterator[None]:
+    """Inside, SIGTERM, and SIGHUP of a terminal that is closed, end the command as an interrupt does.
+
+    The child processes go, and a virtual GPU's files.
+    """
 
     def end(number: int, frame: FrameType | None) -> None:
         raise Terminated(128 + number)
 
-    before = signal.signal(signal.SIGTERM, end)
+    before = {number: signal.getsignal(number) for number in _ENDS}
+    # One that is ignored, as under nohup, stays so.
+    for number in [number for number, handler in before.items() if handler is not signal.SIG_IGN]:
+        signal.signal(number, end)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _one(chosen: Chosen, workload: Target | Command, plot_path: Path | None) -> str:

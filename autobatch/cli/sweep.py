@@ -42,10 +42,13 @@ class Point:
     reason: str = ""
 
 
-def parse_sweep(ctx: click.Context, param: click.Parameter, text: str | None) -> Sweep | None:
+def parse_sweep(ctx: click.Context, param: click.Parameter, texts: tuple[str, ...]) -> Sweep | None:
     """``OPTION=N,N,...`` as a Sweep; for click."""
-    if text is None:
+    if not texts:
         return None
+    if len(texts) > 1:
+        raise click.BadParameter(f"{' and '.join(texts)} must be one sweep, of one option")
+    (text,) = texts
     name, equals, rest = text.partition("=")
     option, words = name.strip().replace("-", "_"), [word.strip() for word in rest.split(",")]
     if not equals or option not in OPTIONS:
@@ -93,6 +96,11 @@ def run_sweep(sweep: Sweep, targets: Sequence[Target], search: Search) -> list[P
             points.append(Point(value=value, result=None, reason=str(exc)))
         except InvalidArgumentError as exc:
             raise _of_sweep(exc, sweep) from exc
+        except BaseException:  # what was found until then is worth its time
+            if found:
+                click.echo(f"Ended at {sweep.option}={value}. Found before:")
+                _print_frontier(sweep, points)
+            raise
     if all(point.result is None for point in points):
         raise DoesNotFitError(f"not even one sample fits at any value of {sweep}: {points[0].reason}")
     _print_frontier(sweep, points)
@@ -142,6 +150,6 @@ def _print_frontier(sweep: Sweep, points: Sequence[Point]) -> None:
         peak_bytes = measured.peak_allocated_bytes if measured is not None else None
         sizes = [str(result.batch_size), *[str(result.eval_batch_size)] * evaluates]
         table.add_row(
-            str(point.value), *sizes, format_bytes(peak_bytes), str(result.trial_count), str(result.oom_count)
+            str(point.value), *sizes, format_bytes(peak_bytes), str(len(result.trials)), str(result.oom_count)
         )
     print_table(table)

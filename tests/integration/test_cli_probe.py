@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import resource
 import signal
@@ -190,9 +191,10 @@ class TestCodes:
         [
             (signal.SIGINT, 130, "interrupted"),
             pytest.param(signal.SIGTERM, 143, "terminated", marks=pytest.mark.slow),
+            pytest.param(signal.SIGHUP, 129, "terminated", marks=pytest.mark.slow),
         ],
     )
-    def test_a_signal_ends_it_and_nothing_is_left(self, script, number, code, said):
+    def test_a_signal_ends_it_and_nothing_is_left(self, script, tmp_path, number, code, said):
         command = [sys.executable, "-m", "autobatch", "probe", f"{script}:build", "--gpu", "t4", "--steps", "1000"]
         before = children()
         running = subprocess.Popen(
@@ -200,6 +202,7 @@ class TestCodes:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            env={**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)},
             # Tests that run in the background have inherited to ignore an interrupt, and would hand that on.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - no threads here
         )
@@ -212,6 +215,7 @@ class TestCodes:
         assert (running.returncode, errors) == (code, f"Error: {said}\n")
         assert len(started) > 1
         assert not [pid for pid in started if psutil.pid_exists(pid)]
+        assert not list(tmp_path.iterdir())
 
 
 def test_with_an_effective_batch_the_trials_hold_gradients_and_the_plan_is_printed(script, tmp_path, capped):

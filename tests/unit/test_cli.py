@@ -48,6 +48,15 @@ def test_help_answers_in_a_blink():
     assert min(once() for _ in range(5)) < 0.3
 
 
+def test_output_that_nobody_reads_ends_it_quietly_and_is_no_answer():
+    """As in ``autobatch ... | head``: 1 would say that the batch does not fit."""
+    command = [sys.executable, "-m", "autobatch", "devices", "--virtual"]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    running.stdout.close()
+    assert (running.wait(timeout=60), running.stderr.read()) == (141, "")
+    running.stderr.close()
+
+
 def test_help_needs_nothing_heavy():
     code = (
         "import sys, autobatch.cli as c\n"

@@ -80,6 +80,11 @@ class TestOptions:
         }  # fmt: skip
         assert {name: call[name] for name in expected} == expected
 
+    def test_sizes_that_exclude_one_another_are_refused_before_the_device_is_shown(self, asked):
+        shown = run("hf:gpt2", "--multiple-of", "8", "--max-batch-size", "4")
+        assert (shown.exit_code, shown.stdout, asked) == (2, "", [])
+        assert shown.stderr == "Error: --max-batch-size 4: must be at least multiple_of, 8\n"
+
     def test_gpu_is_another_word_for_device(self, asked, monkeypatch):
         seen: list[Any] = []
 
@@ -108,6 +113,9 @@ class TestOptions:
             ("--optimizer", "lion"),
             ("--mode", "test"),
             ("--time-limit", "0"),
+            ("--headroom", "nan"),
+            ("--time-limit", "nan"),
+            ("--time-limit", "inf"),
             ("--task", "chess"),
         ],
     )

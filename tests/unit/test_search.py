@@ -222,10 +222,10 @@ def test_however_far_down_it_is_few_confirmations_lead_there(limit: int, lost: f
 def test_what_a_step_down_gave_up_is_halved_until_it_is_little() -> None:
     confirm = Confirm(lambda n: n <= 990)
     answer = search(up_to(1000), confirm, multiple_of=1)
-    assert (confirm.asked, answer.batch_size) == ([1000, 969, 984, 992], 984)
+    assert (confirm.asked, answer.batch_size) == ([1000, 969, 984, 992, 988], 988)
     refused = Confirm(lambda n: n <= 980)
     answer = search(up_to(1000), refused, multiple_of=1)
-    assert (refused.asked, answer.batch_size, answer.smallest_failure) == ([1000, 969, 984, 976], 976, 984)
+    assert (refused.asked, answer.batch_size, answer.smallest_failure) == ([1000, 969, 984, 976, 980], 980, 984)
     assert "984 did not keep fitting either" in answer.notes[-1]
 
 

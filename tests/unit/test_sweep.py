@@ -131,6 +131,21 @@ class TestCommand:
         assert shown.exit_code == 1
         assert "not even one sample fits at any value of seq_len=2048,4096" in shown.stderr
 
+    def test_what_was_found_before_a_search_that_fails_is_shown(self, asked, monkeypatch: pytest.MonkeyPatch):
+        search = finder.find
+
+        def find(workload, **options):
+            if workload.options.seq_len == 64:
+                raise KeyError("column 7")
+            return search(workload, **options)
+
+        monkeypatch.setattr(finder, "find", find)
+        shown = run("hf:gpt2", "--sweep", "seq_len=16,32,64,128")
+        assert shown.exit_code == 4
+        lines = shown.stdout.splitlines()
+        assert "Ended at seq_len=64. Found before:" in lines
+        assert [line.split()[:2] for line in lines[-2:]] == [["16", "89"], ["32", "44"]]
+
     def test_the_frontier_is_drawn(self, asked, tmp_path: Path):
         pytest.importorskip("matplotlib")
         assert run("hf:gpt2", "--sweep", "seq-len=16,32", "--plot", tmp_path / "sweep.png").exit_code == 0
@@ -149,6 +164,7 @@ class TestCommand:
             (["--sweep", "seq_len=1e3"], "positive whole numbers"),
             (["--sweep", "seq_len=512,1024,512"], "has 512 more than once"),
             (["--sweep", "seq_len=512", "--seq-len", "64"], "--seq-len 64: must be left out, for --sweep"),
+            (["--sweep", "seq_len=8", "--sweep", "image_size=9"], "seq_len=8 and image_size=9 must be one sweep"),
         ],
     )
     def test_a_sweep_that_is_none_is_refused_before_anything_runs(self, asked, arguments, says):

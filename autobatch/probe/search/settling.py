@@ -9,7 +9,7 @@ from autobatch.result import Trial
 STEP_DOWN = 1 / 33  # a candidate that is not confirmed is stepped down by this part of it
 _PATIENCE = 2  # so many such steps, and then each is twice the one before: what is refused still is far too large
 _SEVERAL = 5  # more sizes than that given up in stepping down are worth one more confirmation
-_LITTLE = 1 / 66  # once half was asked for again, this part of the size is not worth another
+_LITTLE = 1 / 150  # once half was asked for again, this part of the size is not worth another
 
 
 def settle(bracket: Bracket, confirm: Ask) -> bool:
