@@ -29,10 +29,7 @@ from autobatch.units import parse_bytes
 
 _MODEL_OPTIONS = tuple(ModelOptions.__dataclass_fields__)
 _SEARCH_OPTIONS = ("start", "max_batch_size", "multiple_of", "avoid_oom", "time_limit_s")
-_ENDS = (
-    signal.SIGTERM,
-    *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []),
-)  # Windows has no terminals that hang up
+_ENDS = (signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))  # not on Windows
 
 
 def _bytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
@@ -275,9 +272,10 @@ def _ended_by_signals() -> Iterator[None]:
     def end(number: int, frame: FrameType | None) -> None:
         raise Terminated(128 + number)
 
-    before = {number: signal.getsignal(number) for number in _ENDS}
-    # One that is ignored, as under nohup, stays so.
-    for number in [number for number, handler in before.items() if handler is not signal.SIG_IGN]:
+    handlers = {number: signal.getsignal(number) for number in _ENDS}
+    # One that is ignored, as under nohup, stays so, and what is not Python's cannot be put back.
+    before = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
+    for number in before:
         signal.signal(number, end)
     try:
         yield
