@@ -122,7 +122,12 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    expression = config.getoption("markexpr")
+    if expression and "slow" not in expression:  # `pytest -m gpu` is the suite that takes minutes
+        slow = [item for item in items if item.get_closest_marker("slow") is not None]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
     if has_real_gpu():
         return
     elsewhere = pytest.mark.skip(reason="needs a GPU in its process: run `pytest -m gpu`")

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import signal
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import click
@@ -16,8 +12,9 @@ import click
 from autobatch.cli.accumulation import check_effective_batch, limits
 from autobatch.cli.chosen import Chosen
 from autobatch.cli.command import AfterDashes, command_of
-from autobatch.cli.errors import Terminated, traceback_option
+from autobatch.cli.errors import traceback_option
 from autobatch.cli.ranks import in_job
+from autobatch.cli.signals import ended_by_signals
 from autobatch.cli.sweep import Sweep, parse_sweep, plot_sweep, run_sweep, sweep_json, sweep_targets
 from autobatch.cli.targets import ModelOptions, Target, parse_target
 from autobatch.cli.targets.common import OPTIMIZERS
@@ -29,7 +26,6 @@ from autobatch.units import parse_bytes
 
 _MODEL_OPTIONS = tuple(ModelOptions.__dataclass_fields__)
 _SEARCH_OPTIONS = ("start", "max_batch_size", "multiple_of", "avoid_oom", "time_limit_s")
-_ENDS = (signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))  # not on Windows
 
 
 def _bytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
@@ -231,6 +227,7 @@ def probe(
       0  found                          3    the device: not there, or broken
       1  not even one sample fits       4    the workload failed by itself
       2  a wrong option or name         130  interrupted, 143 terminated
+                                        129  the terminal is gone, 141 the reader of the output is
     """
     model_options = ModelOptions(**{name: options.pop(name) for name in _MODEL_OPTIONS})
     effective = model_options.effective_batch_size
@@ -241,7 +238,7 @@ def probe(
     if not options["cache"] or command is not None or (plot_path is not None and sweep is None):
         options["cache"] = None
     check_arguments(**{name: options[name] for name in _SEARCH_OPTIONS})  # before anything is imported or shown
-    with _ended_by_signals(), in_job(ctx, of_command=command is not None) as job:
+    with ended_by_signals(), in_job(ctx, of_command=command is not None) as job:
         options |= job.options(ctx)
         chosen = Chosen(ctx, job.device(device), any_capability, count, options, effective)
         plot_path = plot_path if job.speaks else None
@@ -260,28 +257,6 @@ def _write(path: Path, text: str) -> None:
         path.write_text(text + "\n", encoding="utf-8")
     except OSError as exc:  # it could be written to before the probe
         raise InvalidArgumentError("json", str(path), f"a file that can be written ({exc.strerror})") from exc
-
-
-@contextlib.contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Inside, SIGTERM, and SIGHUP of a terminal that is closed, end the command as an interrupt does.
-
-    The child processes go, and a virtual GPU's files.
-    """
-
-    def end(number: int, frame: FrameType | None) -> None:
-        raise Terminated(128 + number)
-
-    handlers = {number: signal.getsignal(number) for number in _ENDS}
-    # One that is ignored, as under nohup, stays so, and what is not Python's cannot be put back.
-    before = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
-    for number in before:
-        signal.signal(number, end)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _one(chosen: Chosen, workload: Target | Command, plot_path: Path | None) -> str:

@@ -73,6 +73,10 @@ def test_memory(): assert present_state() is not None
 
 @pytest.mark.gpu_values
 def test_values(): pass
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_for_long(): assert present_state() is not None
 """
 
 
@@ -80,11 +84,12 @@ def test_values(): pass
 @pytest.mark.parametrize(
     ("arguments", "variables", "outcomes"),
     [
-        (["-m", "gpu or gpu_values"], {}, r"1 passed, 1 skipped"),
-        (["-m", "gpu or gpu_values"], {"AUTOBATCH_REQUIRE_GPU": "1"}, r"1 passed.*1 error"),
-        ([], {}, r"2 skipped"),
+        (["-m", "gpu or gpu_values"], {}, r"1 passed, 1 skipped, 1 deselected"),
+        (["-m", "gpu and slow"], {}, r"1 passed, 2 deselected"),
+        (["-m", "gpu or gpu_values"], {"AUTOBATCH_REQUIRE_GPU": "1"}, r"1 passed, 1 deselected.*1 error"),
+        ([], {}, r"3 skipped"),
     ],
-    ids=["gpu session", "make gpu", "plain session"],
+    ids=["gpu session", "make slow", "make gpu", "plain session"],
 )
 def test_tests_of_values_want_a_real_gpu(tmp_path, arguments, variables, outcomes):
     (tmp_path / "conftest.py").write_text(CONFTEST.read_text())
