@@ -244,6 +244,11 @@ def test_other_platforms(monkeypatch, system, machine):
         driver_folder()
 
 
+def test_linking_is_optimised_as_compiling_is():
+    """Else the first link of zig, which makes its run-time library, takes half a minute."""
+    assert [flag for flag in build._FLAGS if flag.startswith("-O")] == [f for f in build._LINK if f.startswith("-O")]
+
+
 def test_the_compiler_is_cc_or_zig_or_an_error_that_names_both(monkeypatch):
     spec = importlib.machinery.ModuleSpec("ziglang", None)
     monkeypatch.setattr(build.shutil, "which", lambda name: f"/usr/bin/{name}")
