@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from autobatch.device.base import DeviceInfo, Isolation
@@ -97,6 +97,10 @@ class FakeDevice:
 
     def streams(self) -> int:
         return self._streams
+
+    def recording(self) -> AbstractContextManager[None]:
+        """None: a fake allocates nothing."""
+        return nullcontext()
 
     def measure(self) -> Measurement:
         return Measurement(peak_allocated_bytes=self._peak_bytes, peak_reserved_bytes=self._peak_bytes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -131,6 +131,10 @@ class AcceleratorDevice:
 
     def streams(self) -> None:
         """Unknown: torch.accelerator does not tell."""
+
+    def recording(self) -> AbstractContextManager[None]:
+        """None: torch.accelerator keeps no history."""
+        return nullcontext()
 
     def measure(self) -> Measurement:
         memory = self._memory()

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+from autobatch.replay.trace import Trace
 from autobatch.result import Measurement
 
 
@@ -65,6 +66,16 @@ class Isolation:
     """True where a fork of the present process can try what lives in it: there is no driver that forbids it."""
 
 
+class Recording(Protocol):
+    """What the allocator is asked for while a few steps run."""
+
+    def step_ended(self) -> None:
+        """Called after each step."""
+
+    def trace(self) -> Trace | None:
+        """What was asked for so far; None where nothing could be told from it."""
+
+
 @runtime_checkable
 class Device(Protocol):
     """A place where training memory is.
@@ -121,6 +132,9 @@ class Device(Protocol):
 
     def streams(self) -> int | None:
         """On how many streams this process has memory now; None if unknown."""
+
+    def recording(self) -> AbstractContextManager[Recording | None]:
+        """Records inside what the allocator is asked for; None where nobody can."""
 
     def measure(self) -> Measurement:
         """Peaks since :meth:`reset_peaks`. Retries, step time and capacity are the trial's to fill in."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from autobatch.device import nvml
 from autobatch.device.base import DeviceInfo, Isolation
 from autobatch.device.fraction import reserve_at_most
 from autobatch.device.oom import classify, first_line
+from autobatch.device.recording import CudaRecording, recording
 from autobatch.errors import DeviceError, DeviceNotFoundError
 from autobatch.result import Measurement
 
@@ -133,6 +134,9 @@ class CudaDevice:
 
     def streams(self) -> int:
         return len({part["stream"] for part in torch.cuda.memory_snapshot() if part["device"] == self._index})
+
+    def recording(self) -> AbstractContextManager[CudaRecording | None]:
+        return recording(self._index)
 
     def measure(self) -> Measurement:
         free_bytes, total_bytes = torch.cuda.mem_get_info(self._index)

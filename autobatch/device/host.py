@@ -12,7 +12,7 @@ import mmap
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -172,6 +172,10 @@ class HostDevice:
 
     def streams(self) -> None:
         """Unknown: there are none."""
+
+    def recording(self) -> AbstractContextManager[None]:
+        """None: malloc keeps no history."""
+        return nullcontext()
 
     def measure(self) -> Measurement:
         memory = psutil.virtual_memory()

@@ -24,6 +24,7 @@ from autobatch.probe.state import interrupts_deferred
 from autobatch.probe.trial import Attempt, TrialRequest
 from autobatch.probe.workload.data import Extent
 from autobatch.ranks import Ranks
+from autobatch.replay.forecast import Forecast
 from autobatch.result import BatchSizeResult, Trial
 
 T = TypeVar("T")
@@ -48,6 +49,7 @@ class Report:
 class _Tried:
     trial: Trial
     suspect: str
+    is_recorded: bool
 
 
 class Agreement:
@@ -133,23 +135,34 @@ class Agreement:
         that do the one that leaves the least room. Its step took as long as on the slowest rank."""
         if not self.ranks.are_several:
             return run()
-        suspects: list[BaseException | None] = [None]
+        own: list[Attempt] = []
 
         def tried() -> _Tried:
-            attempt = run()
-            suspects[0] = attempt.suspect
+            own.append(attempt := run())
             said = "" if attempt.suspect is None else f"{type(attempt.suspect).__name__}: {first_line(attempt.suspect)}"
-            return _Tried(attempt.trial, said)
+            return _Tried(attempt.trial, said, attempt.trace is not None)
 
         at = f"batch {request.batch_size} ({request.mode}, {request.history or 'searching'})"
         everyone = self.ask(at, tried)
         known = [rank for rank, other in enumerate(everyone) if other is not None]
         worst = max(known, key=lambda rank: (*_badness(everyone[rank]), -rank))
         chosen = everyone[worst]
-        suspect = suspects[0] if chosen.suspect else None
+        suspect = own[0].suspect if own and chosen.suspect else None
         if chosen.suspect and suspect is None:
             suspect = RankError(f"rank {worst} failed: {chosen.suspect}", worst)
-        return Attempt(trial=_slowest(chosen.trial, [everyone[rank].trial for rank in known]), suspect=suspect)
+        return Attempt(
+            trial=_slowest(chosen.trial, [everyone[rank].trial for rank in known]),
+            suspect=suspect,
+            trace=own[0].trace if all(other is not None and other.is_recorded for other in everyone) else None,
+        )
+
+    def forecast(self, own: Forecast | None) -> Forecast | None:
+        """The least of all ranks' forecasts; None where one has none."""
+        told = self.exchange("a forecast", own)
+        known = [forecast for forecast in told if forecast is not None]
+        if len(known) < len(told):
+            return None
+        return Forecast(min(forecast.least for forecast in known), min(forecast.most for forecast in known))
 
     def setting(self, own: Setting, budget_bytes: int | None) -> Setting:
         """The setting of the rank that has the least memory, with what data all ranks have.

@@ -18,6 +18,7 @@ from autobatch.probe.cache import ResultCache, open_cache
 from autobatch.probe.command import Command
 from autobatch.probe.command.executor import CommandExecutor
 from autobatch.probe.executor import Executor, LocalExecutor, Setting
+from autobatch.probe.foresight import RECORDABLE
 from autobatch.probe.guess import WITHIN_S, Twin, short_of, twin_ahead, twin_of, virtual_guess
 from autobatch.probe.inquiry import (
     FRESH_AT_THE_EDGE,
@@ -211,6 +212,7 @@ def _found(
     if guess is None:
         guess, said = agreed.by_narrowest("a first guess", lambda: _guess(question, inquiry, ahead))
         recall.notes += [said] if said else []
+        inquiry.records &= guess is None  # a GPU that is not there has run it all, kernels' workspaces included
         if guess is not None and question.limits["avoid_oom"]:
             guess, ceiling = short_of(guess, own.environment), guess
     answer = inquiry.search(question.rounding | question.limits, first_guess=guess, ceiling=ceiling)
@@ -240,6 +242,8 @@ def _inquiry(question: _Question, place: Device, executor: Executor, own: Settin
         is_restricted=headroom > 0 or limit_bytes is not None or not place.ends_by_itself,
         on_trial=question.on_trial,
         clock=agreed.clock,
+        agree_forecast=agreed.forecast,
+        records=not isinstance(executor, CommandExecutor) and own.environment["kind"] in RECORDABLE,
     )
 
 

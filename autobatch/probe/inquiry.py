@@ -12,9 +12,11 @@ from autobatch.device.oom import first_line
 from autobatch.errors import DoesNotFitError
 from autobatch.probe.advice import fragmentation_notes, malloc_notes
 from autobatch.probe.executor import Executor, Setting
+from autobatch.probe.foresight import Recorded
 from autobatch.probe.search import SearchAnswer
 from autobatch.probe.trial import Attempt, TrialRequest
 from autobatch.probe.workload.data import search_within
+from autobatch.replay.forecast import Forecast
 from autobatch.result import SHUFFLED, BatchSizeResult, Trial
 from autobatch.units import format_bytes
 
@@ -58,6 +60,12 @@ class Inquiry:
     doubts: list[str] = field(default_factory=list)
     checked: dict[tuple[int, str], Attempt] = field(default_factory=dict)
     """By size and mode: trials of a remembered answer, which the search need not repeat."""
+    foresight: Recorded | None = None
+    """What the trials of the search that runs tell of others; None where they are not recorded."""
+    agree_forecast: Callable[[Forecast | None], Forecast | None] = lambda own: own
+    """What a forecast means where other ranks have theirs."""
+    records: bool = True
+    """Whether trials are recorded, to tell from them what sizes need that were never run."""
     trained: int | None = None
     """The batch that training takes, where evaluation comes amid it."""
 
@@ -94,6 +102,7 @@ class Inquiry:
         for mode in ("train", "eval") if self.setting.mode == "both" else (self.setting.mode,):
             self.suspects.clear()
             self.trained = answers["train"].batch_size if answers else None
+            self.foresight = Recorded(self.capacity_bytes, self.agree_forecast) if self.records else None
             try:
                 answers[mode] = search_within(
                     self.setting.data.get(mode),
@@ -103,6 +112,7 @@ class Inquiry:
                     clock=self.clock,
                     first_guess=self.trained or first_guess,
                     ceiling=None if self.trained else ceiling,
+                    foresight=self.foresight,
                     **options,
                 )
             except DoesNotFitError as error:
@@ -133,7 +143,10 @@ class Inquiry:
         # One sample is enough for an evaluation to meet the optimizer's state.
         before = () if self.trained is None else (self._small("train", self.trained),)
         checked = self.checked.pop((size, mode), None)
-        attempt = checked or self.executor.run(self._request(size, mode, self.steps, before))
+        request = replace(self._request(size, mode, self.steps, before), records=self.foresight is not None)
+        attempt = checked or self.executor.run(request)
+        if self.foresight is not None:
+            self.foresight.learn(attempt)
         if attempt.suspect is not None:
             self.suspects[size] = attempt.suspect
         if checked is None:

@@ -102,14 +102,14 @@ class _WorkerExecutor:
 
     def _ask(self, request: TrialRequest) -> Attempt:
         try:
-            trial, suspect = self._living_worker().ask(request)
+            trial, suspect, trace = self._living_worker().ask(request)
+            return Attempt(trial=trial, suspect=suspect, trace=trace)
         except WorkerLostError as lost:
             self._worker = None
             if lost.tier is None:
                 raise
             failure = WorkloadFailedError(str(lost), request.batch_size)
             return Attempt(trial=_lost_trial(request, lost), suspect=failure if lost.tier is Tier.SUSPECT else None)
-        return Attempt(trial=trial, suspect=suspect)
 
     def _living_worker(self) -> Worker:
         if self._worker is None:

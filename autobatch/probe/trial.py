@@ -15,6 +15,7 @@ from autobatch.errors import DeviceCorruptedError
 from autobatch.probe.collectives import RefusingCollectives
 from autobatch.probe.workload import Workload
 from autobatch.probe.workload.data import Batches
+from autobatch.replay.trace import Trace
 from autobatch.result import Measurement, Outcome, Trial
 from autobatch.units import format_bytes
 
@@ -37,6 +38,8 @@ class TrialRequest:
     """A name for that history; empty for a trial of the search."""
     refuses_collectives: bool = False
     """Whether a collective is an error: in a process that cannot be lost, it would wait for a rank that has failed."""
+    records: bool = False
+    """Whether to record what the steps allocate, where the device can."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +48,8 @@ class Attempt:
 
     trial: Trial
     suspect: BaseException | None = None
+    trace: Trace | None = None
+    """What the steps allocated, where that was recorded and they ran to their end."""
 
 
 class Progress:
@@ -53,6 +58,7 @@ class Progress:
     def __init__(self) -> None:
         self.step_times_s: list[float] = []
         self.retries: list[int | None] = []
+        self.trace: Trace | None = None
 
 
 def run_trial(workload: Workload, device: Device, request: TrialRequest) -> Attempt:
@@ -101,7 +107,8 @@ def _run_once(workload: Workload, device: Device, request: TrialRequest) -> tupl
     trial = judge(request, progress, measured, tier, compare_peaks=not restricted)
     if failure is not None and not trial.message:
         trial = replace(trial, message=first_line(failure))
-    return Attempt(trial=trial, suspect=failure if tier is Tier.SUSPECT else None), streams
+    suspect = failure if tier is Tier.SUSPECT else None
+    return Attempt(trial=trial, suspect=suspect, trace=progress.trace), streams
 
 
 def clean_up(workload: Workload, device: Device) -> None:
@@ -120,12 +127,16 @@ def _run_steps(workload: Workload, device: Device, request: TrialRequest, progre
         before(size)
     if request.sizes_before:
         device.reset_peaks()
-    for sample in _samples(workload, request):
-        started_s = time.perf_counter()
-        step(request.batch_size, sample)
-        device.synchronize()
-        progress.step_times_s.append(time.perf_counter() - started_s)
-        progress.retries.append(device.retries())
+    with device.recording() if request.records else nullcontext() as recording:
+        for sample in _samples(workload, request):
+            started_s = time.perf_counter()
+            step(request.batch_size, sample)
+            device.synchronize()
+            progress.step_times_s.append(time.perf_counter() - started_s)
+            progress.retries.append(device.retries())
+            if recording is not None:
+                recording.step_ended()
+        progress.trace = None if recording is None else recording.trace()
 
 
 def _samples(workload: Workload, request: TrialRequest) -> list[Batches | None]:

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autobatch.device.base import DeviceInfo, GpuProcess, Isolation
+from autobatch.device.base import DeviceInfo, GpuProcess, Isolation, Recording
 from autobatch.errors import AutobatchWarning, DeviceError, InvalidArgumentError
 from autobatch.result import Measurement
 from autobatch.virtual.attach import attach_process, check_attachable, environment, make_state_folder, present_state
@@ -158,6 +158,9 @@ class VirtualGPU:
 
     def streams(self) -> int | None:
         return self._here().streams()
+
+    def recording(self) -> AbstractContextManager[Recording | None]:
+        return self._here().recording()
 
     def measure(self) -> Measurement:
         return self._here().measure()

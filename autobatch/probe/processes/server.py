@@ -23,6 +23,7 @@ from autobatch.device.process import out_of_memory_kills
 from autobatch.errors import WorkloadFailedError
 from autobatch.probe.processes.errors import ChildTraceback, SilenceError, StrandedError, WorkerLostError
 from autobatch.probe.processes.worker import FORK, NEXT_JOB, NUMBER, Failure, Job, SignatureRequest
+from autobatch.replay.trace import Trace
 from autobatch.result import Trial
 
 if TYPE_CHECKING:  # a server can be started before torch is imported here
@@ -224,10 +225,11 @@ class Worker:
         signature: Signature = self._exchange(SignatureRequest(batch_size), "looking at the workload")
         return signature
 
-    def ask(self, request: TrialRequest) -> tuple[Trial, BaseException | None]:
+    def ask(self, request: TrialRequest) -> tuple[Trial, BaseException | None, Trace | None]:
+        """The parts of an :class:`~autobatch.probe.trial.Attempt`."""
         self.has_tried = True
-        trial, suspect = self._exchange(request, f"batch {request.batch_size}")
-        return trial, suspect.exception if suspect is not None else None
+        trial, suspect, trace = self._exchange(request, f"batch {request.batch_size}")
+        return trial, suspect.exception if suspect is not None else None, trace
 
     def _exchange(self, request: TrialRequest | SignatureRequest, doing: str) -> Any:
         try:

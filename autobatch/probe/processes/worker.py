@@ -265,7 +265,8 @@ def answer_all(talk: Connection, executor: LocalExecutor) -> NoReturn:
             talk.send(executor.signature(request.batch_size))
             continue
         attempt = executor.run(request)
-        talk.send((attempt.trial, portable(attempt.suspect) if attempt.suspect is not None else None))
+        suspect = portable(attempt.suspect) if attempt.suspect is not None else None
+        talk.send((attempt.trial, suspect, attempt.trace))
 
 
 def end_with_parent(parent_pid: int | None = None) -> None:

@@ -13,7 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from autobatch.probe.search.arguments import check_arguments
-from autobatch.probe.search.bracket import LONGEST_JUMP, Ask, Bracket
+from autobatch.probe.search.bracket import LONGEST_JUMP, Ask, Bracket, Foresight
+from autobatch.probe.search.creeping import creep
+from autobatch.probe.search.following import follow
 from autobatch.probe.search.memory_fit import MemoryFit
 from autobatch.probe.search.settling import STEP_DOWN, regain, settle
 
@@ -31,10 +33,6 @@ _SPLIT = 0.43  # where to part a bracket about which nothing is known: below the
 _FAR_OFF = 1.5  # an aim so many brackets away says nothing about where inside to ask
 _OPEN = 1 / 10  # a bracket wider than this part of its size is worth another aim, now seen from nearer
 _WIDE = 8  # sizes so many times apart are parted in proportion
-_CREEP = 0.7  # without failures, the part of the way to the aim that one step goes from afar
-_NEARBY = 1.5  # at most this many times the size, the aim is seen from nearby
-_PROMISED = 0.96  # the part of such an aim that fits
-_GAIN = 100  # without failures, a step that gains less than this part of the size is not worth its trial
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +61,7 @@ def search(
     ceiling: int | None = None,
     time_limit_s: float | None = None,
     clock: Callable[[], float] = time.monotonic,
+    foresight: Foresight | None = None,
 ) -> SearchAnswer:
     """The largest permitted batch size that ``ask`` and ``confirm`` find to fit.
 
@@ -79,6 +78,7 @@ def search(
         ceiling: with ``avoid_oom``, a size above which nothing is asked, because more is expected to fail.
         time_limit_s: after this many seconds no more is asked once a size is known to fit.
         clock: seconds, for ``time_limit_s``.
+        foresight: what the trials tell of sizes that were never run. Where they do, it is asked before ``first_guess``.
 
     Raises:
         DoesNotFitError: not even the smallest permitted size fits.
@@ -103,6 +103,7 @@ def search(
         cap=None if max_batch_size is None else rounding.rank(max_batch_size),
         fit=MemoryFit(capacity_bytes),
         out_of_time=_timer(time_limit_s, clock),
+        foresight=foresight,
     )
     _find(bracket, first_guess=first_guess, avoid_oom=avoid_oom, ceiling=ceiling)
     proof = _proof(bracket, avoid_oom=avoid_oom)
@@ -120,16 +121,30 @@ def search(
 
 def _find(bracket: Bracket, *, first_guess: int | None, avoid_oom: bool, ceiling: int | None) -> None:
     """Narrows the bracket until it is closed, or for as long as the caller allows."""
-    bracket.try_rank(bracket.start if first_guess is None else bracket.rank(first_guess))
+    _begin(bracket, first_guess, is_foretold=bracket.foresight is not None and not avoid_oom)
     if not bracket.low:
         _fall(bracket, near_the_answer=first_guess is not None)
     if avoid_oom:
-        _creep(bracket, math.inf if ceiling is None else ceiling)
+        creep(bracket, math.inf if ceiling is None else ceiling)
     elif bracket.low:
+        follow(bracket)
         if first_guess is None or bracket.aim is not None:
             _approach(bracket, first_guess)
         _pass_the_aim(bracket, first_guess)
         _close(bracket)
+
+
+def _begin(bracket: Bracket, first_guess: int | None, *, is_foretold: bool) -> None:
+    """Asks where growth starts, or at the guess; where trials are recorded, a small size first, which tells better."""
+    if first_guess is None:
+        bracket.try_rank(bracket.start)
+        return
+    guess = bracket.rank(first_guess)
+    if is_foretold:
+        bracket.try_rank(min(max(bracket.start, 2), max(1, guess)))
+        if bracket.is_recorded or not bracket.low < guess:
+            return
+    bracket.try_rank(guess)
 
 
 def _fall(bracket: Bracket, *, near_the_answer: bool) -> None:
@@ -231,28 +246,6 @@ def _close(bracket: Bracket) -> None:
             stride = 2 * stride or max(1, high - bracket.rank(bracket.rounding.size(high) * (1 - _FALL)))
             rank = max(rank, top - stride)
         bracket.guess(rank)
-
-
-def _creep(bracket: Bracket, ceiling: float) -> None:
-    """Invariant: every size asked is one that the peaks promise to fit: up to a little below the aim, once it is near.
-
-    Where the allocator gives cached memory back the aim moves on. How far it can go on no peak tells: so the lowest
-    aim that was seen from nearby counts.
-    """
-    if bracket.aim is None:
-        bracket.notes.append("The trials measured no peaks, so nothing says whether a larger batch would fit.")
-    while bracket.low and not bracket.done and bracket.aim is not None:
-        size, aim = bracket.size, bracket.aim
-        if bracket.bound is None:
-            target = aim  # seen from one size alone it is on the safe side already
-        elif aim > _NEARBY * size:
-            target = size + _CREEP * (aim - size)
-        else:
-            target = ceiling = min(ceiling, _PROMISED * aim)
-        rank = bracket.rank(min(target, ceiling, size * bracket.growth))
-        if rank <= bracket.low or bracket.rounding.size(rank) - size < size / _GAIN or bracket.is_above(bracket.aim):
-            return
-        bracket.try_rank(rank)
 
 
 def _proof(bracket: Bracket, *, avoid_oom: bool) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from autobatch.errors import InvalidArgumentError
 from autobatch.probe.search.memory_fit import MemoryFit
 from autobatch.probe.search.rounding import Rounding
+from autobatch.replay.forecast import Forecast
 from autobatch.result import Outcome, Trial
 
 Ask = Callable[[int], Trial]
@@ -16,6 +18,16 @@ LONGEST_JUMP = 7  # growth to this power; a bound seen from farther away than th
 _MOST_OF_THE_WAY = 2 / 3
 _ABSURD = 2**31  # kernels count samples in 32 bits
 _SPARE_TRIALS = 2  # what guesses may cost, at worst, above plain growth and bisection
+
+
+class Foresight(Protocol):
+    """What the trials so far tell of sizes that were never run."""
+
+    def has(self, size: int) -> bool:
+        """Whether the trial of ``size`` was recorded."""
+
+    def forecast(self, size: int) -> Forecast | None:
+        """Where memory ends, seen from ``size``; None while too little was recorded to tell."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -36,6 +48,7 @@ class Bracket:
     """The largest rank that may be asked."""
     fit: MemoryFit
     out_of_time: Callable[[], bool]
+    foresight: Foresight | None = None
     low: int = 0
     high: int | None = None
     doubt: float = 0.0
@@ -47,6 +60,8 @@ class Bracket:
     failure: Trial | None = None
     """Why ``high`` does not fit."""
     notes: list[str] = field(default_factory=list)
+    _forecasts: dict[int, Forecast | None] = field(default_factory=dict)
+    """By the rank from which they were made."""
     _allowance: int | None = None
     """The budget where the first answer was a failure, so that there is no growth to compare with."""
 
@@ -85,6 +100,20 @@ class Bracket:
         """The bound as the peak of one size tells it."""
         return self.fit.rough_bound(self.size)
 
+    @property
+    def is_recorded(self) -> bool:
+        """True if what the largest size that fitted has allocated is known."""
+        return self.foresight is not None and self.low > 0 and self.foresight.has(self.size)
+
+    @property
+    def forecast(self) -> Forecast | None:
+        """Where memory ends by a replay of what the trials have allocated, seen from the largest that fitted."""
+        if not self.is_recorded or self.foresight is None:
+            return None
+        if self.low not in self._forecasts:
+            self._forecasts[self.low] = self.foresight.forecast(self.size)
+        return self._forecasts[self.low]
+
     def rank(self, size: float) -> int:
         """The rank of the largest permitted size not above ``size``."""
         return self.rounding.rank(int(size))
@@ -96,6 +125,12 @@ class Bracket:
     def guess(self, rank: int) -> bool:
         """As :meth:`try_rank`, at the nearest rank that the budget allows."""
         return self.try_rank(self._affordable(max(rank, self.low + 1)))
+
+    def leap(self, rank: int) -> bool:
+        """As :meth:`guess`, but as far as it likes where plain growth could still go on from here if that fails."""
+        grown = self._plain_growth(self.low)[0]
+        can_grow_on = self._allowance is None and len(self.trials) + 1 <= grown + _SPARE_TRIALS
+        return self.try_rank(rank) if can_grow_on else self.guess(rank)
 
     def try_rank(self, rank: int) -> bool:
         """Asks the size at ``rank``, or at the nearest rank inside the bracket, and learns from the answer."""
@@ -158,7 +193,12 @@ class Bracket:
         used = len(self.trials) + 1
         rank = min(rank, self.low + (1 << max(0, self._budget(self.low) - used)))
         if self.high is not None:
-            return rank if used + _bisections(rank, self.high) <= self._budget(rank) else (self.low + self.high) // 2
+            if used + _bisections(rank, self.high) <= self._budget(rank):
+                return rank
+            grown, _, following = self._plain_growth(self.low)
+            # A failure above may have been a leap: below it plain growth can go on.
+            can_grow_on = self._allowance is None and len(self.trials) <= grown + _SPARE_TRIALS
+            return following if can_grow_on and following < self.high else (self.low + self.high) // 2
         return rank if used <= self._plain_growth(rank)[0] + _SPARE_TRIALS else self.next_growth()
 
     def _budget(self, low: int) -> int:

@@ -1,0 +1,57 @@
+"""To where a replay of the trials says that memory ends: integers in, integers out."""
+
+from __future__ import annotations
+
+from autobatch.probe.search.bracket import Bracket
+from autobatch.replay.forecast import Forecast
+
+_SINGLY = 2  # so many sizes above a forecast are tried one by one: the last ones fit, but not in every history
+_FAR = 1.1  # a failure so many times the size above it was foretold from too far off
+
+
+def follow(bracket: Bracket) -> None:
+    """Invariant: ``low`` fits. Asks where memory is foretold to end, then just above, for as long as there are
+    forecasts.
+
+    One is made from two sizes, so a search begins with two or three small ones: the kernels that a batch of one sample
+    takes are often others than those of more, which the forecast tells by itself.
+    """
+    unsure = above = refuted = 0
+    while bracket.is_recorded and not bracket.done:
+        forecast, high = bracket.forecast, bracket.high
+        if forecast is None and len(bracket.trials) > 1:
+            return
+        if forecast is None or not forecast.is_sure:
+            if high is not None:
+                return
+            bracket.leap(_next_small(bracket, forecast, unsure))
+            unsure += 1
+            continue
+        rank = bracket.rank(forecast.least)
+        if rank <= bracket.low:  # more fits than was foretold, or as much: then the next size fails
+            rank, above = bracket.low + (1 << max(0, above - _SINGLY)), above + 1
+        elif high is not None and rank >= high:
+            rank, refuted = _below(bracket, refuted), refuted + 1
+        bracket.leap(rank)
+
+
+def _next_small(bracket: Bracket, forecast: Forecast | None, unsure: int) -> int:
+    """The next size to learn from: twice as large and one more, where there is room for it. The one after that is the
+    next, for sizes side by side mostly take the same kernels.
+    """
+    size = 2 * bracket.size + 1 if unsure != 1 else bracket.size + 1
+    if forecast is not None:
+        size = min(size, forecast.least)
+    elif bracket.aim is not None:
+        size = min(size, int(bracket.aim))
+    return max(bracket.low + 1, bracket.rank(size))
+
+
+def _below(bracket: Bracket, refuted: int) -> int:
+    """Where to look below a forecast that was refuted: closely if it came from near, in widening strides; else half
+    way, whence the next one is better.
+    """
+    low, high = bracket.low, bracket.high or bracket.low
+    if bracket.rounding.size(high) > _FAR * bracket.size:
+        return bracket.rank((bracket.size + bracket.rounding.size(high)) / 2)
+    return max(low + 1, high - (1 << refuted))

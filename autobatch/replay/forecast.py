@@ -1,0 +1,107 @@
+"""The largest batch whose allocations, replayed, get through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from autobatch.replay.allocator import Block, CachingAllocator, OutOfMemory
+from autobatch.replay.scaling import Scaling
+from autobatch.replay.trace import ALLOCATES, Trace
+
+_TOO_FAR = 2**24  # a batch so large is no forecast
+_SURE = 0.97
+_MORE_STEPS = 5  # behind those that were recorded: some sizes run out in a later step
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """The largest batch that should fit: ``least`` if what is unknown of it grows with the batch, ``most`` if not."""
+
+    least: int
+    most: int
+
+    @property
+    def is_sure(self) -> bool:
+        """True if what is unknown of it matters little."""
+        return self.least >= _SURE * self.most
+
+
+def forecast(scaling: Scaling, capacity_bytes: int, *, smallest: int = 1) -> Forecast | None:
+    """Where ``capacity_bytes`` end, for training that begins with such a batch and for training that begins with a
+    small one. None where no end is seen.
+
+    Args:
+        scaling: of a batch that fitted.
+        capacity_bytes: what the allocator may take from the driver.
+        smallest: a small batch, as the last of an epoch may be one.
+    """
+    most = _grown(lambda n: replay(scaling.trace, scaling.sizes(n), capacity_bytes), scaling.size)
+    if most is None:
+        return None
+    longer = scaling.prolonged(_MORE_STEPS)
+    first = longer.trace.steps[1] if len(longer.trace.steps) > 3 else 0
+    small = longer.sizes(smallest)[:first]
+
+    def survives(n: int, unknown_grow: bool) -> bool:
+        sizes = longer.sizes(n, unknown_grow=unknown_grow)
+        return replay(longer.trace, sizes, capacity_bytes) and (
+            replay(longer.trace, [*small, *sizes[first:]], capacity_bytes)
+        )
+
+    most = _shrunk(lambda n: survives(n, False), most, scaling.size)
+    least = _shrunk(lambda n: survives(n, True), most, scaling.size) if scaling.unknown else most
+    return Forecast(least, most)
+
+
+def _grown(fits: Callable[[int], bool], known: int) -> int | None:
+    """The largest size that fits, found by doubling one that does and bisecting; None if there is no end to it."""
+    low, high = known, 2 * known
+    while fits(high):
+        low, high = high, 2 * high
+        if low > _TOO_FAR:
+            return None
+    return _parted(fits, low, high)
+
+
+def _shrunk(fits: Callable[[int], bool], wanted: int, known: int) -> int:
+    """The largest size up to ``wanted`` that fits, found by widening strides down from there and bisecting; ``known``
+    if there is none above it.
+    """
+    high, stride = wanted + 1, 1
+    while (low := max(known, high - stride)) > known and not fits(low):
+        high, stride = low, 2 * stride
+    return _parted(fits, low, high)
+
+
+def _parted(fits: Callable[[int], bool], low: int, high: int) -> int:
+    """The largest size that fits between one that is taken to and one that does not."""
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def replay(trace: Trace, sizes: Sequence[int], capacity_bytes: int) -> bool:
+    """Whether the allocator gets through with allocations of ``sizes``, and does not have to free and retry in both of
+    the last two steps, which would be thrashing.
+    """
+    allocator = CachingAllocator(capacity_bytes, trace.segments)
+    blocks: list[Block] = []
+    ends, retries = iter(trace.steps), list[int]()
+    end = next(ends, None)
+    try:
+        for event in trace.events:
+            if event == ALLOCATES:
+                while len(blocks) == end:
+                    retries.append(allocator.retries)
+                    end = next(ends, None)
+                blocks.append(allocator.allocate(sizes[len(blocks)], trace.streams[len(blocks)]))
+            elif event >= 0:
+                allocator.release(blocks[event])
+            else:
+                allocator.release(allocator.in_use[ALLOCATES - 1 - event])
+    except OutOfMemory:
+        return False
+    retries.append(allocator.retries)
+    return not (len(retries) > 2 and retries[-3] < retries[-2] < retries[-1])

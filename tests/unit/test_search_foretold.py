@@ -1,0 +1,175 @@
+"""The search where trials are recorded and tell of sizes that were never run, truly or not."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autobatch.probe.search import search
+from autobatch.probe.search.rounding import Rounding
+from autobatch.replay.forecast import Forecast
+from tests.unit.test_search import CAPACITY, Oracle, affine, confirmed, odd_oracles, plain_cost, up_to
+
+
+class Foretells:
+    """A forecast of ``least`` and ``most`` wherever two sizes were recorded, or what ``say`` makes of the size."""
+
+    def __init__(self, oracle: Oracle, say: Any, recorded: Any = lambda size: True) -> None:
+        self._oracle, self._say, self._recorded = oracle, say, recorded
+
+    def has(self, size: int) -> bool:
+        return self._oracle.trials[size].fits and self._recorded(size)
+
+    def forecast(self, size: int) -> Forecast | None:
+        smaller = [n for n in self._oracle.trials if n < size and self.has(n)]
+        said = self._say(size) if smaller else None
+        return said if said is None or isinstance(said, Forecast) else Forecast(said, said)
+
+
+def foretold(oracle: Oracle, say: Any, **options: Any) -> Any:
+    options = {"multiple_of": 1, "capacity_bytes": CAPACITY, **options}
+    return search(oracle, confirmed, foresight=Foretells(oracle, say), **options)
+
+
+@pytest.mark.parametrize("limit", [3, 4, 7, 11, 39, 185, 1000, 50_000])
+def test_a_true_forecast_needs_four_trials_and_one_failure(limit: int) -> None:
+    """Two small sizes, the answer, and the next one."""
+    oracle = affine(limit)
+    answer = foretold(oracle, lambda size: limit)
+    assert (answer.batch_size, answer.proof, answer.smallest_failure) == (limit, "next_size_failed", limit + 1)
+    assert len(oracle.trials) <= 4
+    assert oracle.failures == 1
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_where_there_is_room_for_one_or_two_it_costs_nothing_more(limit: int) -> None:
+    oracle = up_to(limit)
+    assert foretold(oracle, lambda size: limit).batch_size == limit
+    assert len(oracle.trials) <= 3
+
+
+@pytest.mark.parametrize("off", [0.9, 0.97, 1, 1.03, 1.1])
+@pytest.mark.parametrize("limit", [10, 40, 370, 1901])
+def test_a_guess_that_is_off_costs_nothing_where_trials_tell_better(off: float, limit: int) -> None:
+    oracle = affine(limit)
+    answer = foretold(oracle, lambda size: limit, first_guess=max(1, round(off * limit)))
+    assert answer.batch_size == limit
+    assert len(oracle.trials) <= 4
+    assert oracle.failures == 1
+
+
+def test_where_nothing_was_recorded_the_guess_is_asked_all_the_same() -> None:
+    oracle = affine(100)
+    foresight = Foretells(oracle, lambda size: 5, recorded=lambda size: False)
+    options: dict[str, Any] = {"multiple_of": 1, "capacity_bytes": CAPACITY, "first_guess": 100}
+    answer = search(oracle, confirmed, foresight=foresight, **options)
+    assert answer.batch_size == 100
+    assert list(oracle.trials)[1] == 100
+    assert len(oracle.trials) <= 4
+
+
+@pytest.mark.parametrize("off", [0.95, 0.99, 1.01, 1.05])
+@pytest.mark.parametrize("limit", [40, 370, 1901])
+def test_a_forecast_from_afar_is_made_again_from_near(off: float, limit: int) -> None:
+    """It is wrong where kernels change, and right next to a size that was run."""
+    oracle = affine(limit)
+    answer = foretold(oracle, lambda size: limit if size > 0.4 * limit else round(off * limit))
+    assert answer.batch_size == limit
+    assert len(oracle.trials) <= 6
+    assert oracle.failures <= 2
+
+
+def test_an_unsure_forecast_is_not_asked() -> None:
+    """Its lower end is as unsure; sizes side by side tell more."""
+    oracle = affine(300)
+    answer = foretold(oracle, lambda size: 300 if size > 3 else Forecast(90, 400))
+    assert answer.batch_size == 300
+    assert list(oracle.trials) == [1, 3, 4, 300, 301]
+
+
+def test_a_forecast_above_a_cap_asks_the_cap() -> None:
+    oracle = affine(300)
+    answer = foretold(oracle, lambda size: 300, max_batch_size=100)
+    assert (answer.batch_size, answer.proof) == (100, "max_batch_size")
+    assert list(oracle.trials) == [1, 3, 100]
+
+
+def test_what_is_foretold_is_rounded_down() -> None:
+    oracle = affine(1900)
+    answer = foretold(oracle, lambda size: 1900, multiple_of="auto")
+    assert (answer.batch_size, answer.smallest_failure) == (1888, 1904)
+    assert len(oracle.trials) == 4
+
+
+@settings(max_examples=400)
+@given(
+    oracle=odd_oracles(),
+    seed=st.integers(0, 10**9),
+    lies=st.sampled_from(["far above", "above", "below", "far below", "anything", "unsure", "now and then"]),
+    rounding=st.one_of(st.sampled_from(["auto", "pow2"]), st.integers(1, 48)),
+    guess=st.one_of(st.none(), st.integers(1, 10_000)),
+)
+def test_whatever_is_foretold_the_answer_is_the_limit_and_trials_are_bounded(
+    oracle: Oracle, seed: int, lies: str, rounding: int | str, guess: int | None
+) -> None:
+    sizes, chance = Rounding(rounding), random.Random(seed)
+    limit = next(n for n in range(5000, -1, -1) if n == 0 or oracle.fits(n))
+    best = sizes.rank(limit)
+    if not best:
+        return
+
+    def say(size: int) -> Forecast | None:
+        least = {
+            "far above": size * 1000,
+            "above": round(limit * chance.uniform(1, 1.3)) + 1,
+            "below": max(size, round(limit * chance.uniform(0.7, 1))),
+            "far below": size,
+            "anything": size + chance.randrange(1 + 2 * limit),
+            "unsure": size,
+            "now and then": limit,
+        }[lies]
+        if lies == "now and then" and chance.random() < 0.5:
+            return None
+        return Forecast(least, least * 2 if lies == "unsure" else least)
+
+    answer = foretold(oracle, say, multiple_of=rounding, first_guess=guess)
+    assert (answer.batch_size, answer.smallest_failure) == (sizes.size(best), sizes.size(best + 1))
+    if guess is None and isinstance(rounding, int):
+        assert len(oracle.trials) <= plain_cost(best) + 2
+
+
+@settings(max_examples=300)
+@given(
+    answers=st.lists(st.booleans(), min_size=1, max_size=40),
+    said=st.lists(st.integers(1, 10**6), min_size=1, max_size=40),
+    recorded=st.lists(st.booleans(), min_size=1, max_size=40),
+    cap=st.one_of(st.none(), st.integers(48, 10_000)),
+    avoid_oom=st.booleans(),
+)
+def test_lies_upon_lies_end_with_a_size_that_was_run(
+    answers: list[bool], said: list[int], recorded: list[bool], cap: int | None, avoid_oom: bool
+) -> None:
+    fits, foretells, kept = itertools.cycle(answers), itertools.cycle(said), itertools.cycle(recorded)
+    oracle = Oracle(lambda n: n == 1 or (n < 10**6 and next(fits)), lambda n: (10**6 * n, 10**6 * n))
+    foresight = Foretells(oracle, lambda size: next(foretells), recorded=lambda size: next(kept))
+    answer = search(
+        oracle, confirmed, foresight=foresight, max_batch_size=cap, avoid_oom=avoid_oom, capacity_bytes=CAPACITY
+    )
+    assert oracle.trials[answer.batch_size].fits
+    assert cap is None or max(oracle.trials) <= cap
+
+
+@given(limit=st.integers(1, 5000), off=st.floats(0.97, 1.01))
+def test_avoid_oom_stays_a_little_below_what_is_foretold(limit: int, off: float) -> None:
+    """Without a failure, even if it is foretold a hundredth too high, and near enough if it is right."""
+    oracle = affine(limit, base=0.1)
+    answer = foretold(oracle, lambda size: max(size, int(off * limit)), avoid_oom=True)
+    assert oracle.failures == 0
+    assert answer.proof == "memory_model"
+    assert answer.batch_size >= 0.94 * limit - 1
+    assert len(oracle.trials) <= 6
