@@ -36,6 +36,8 @@ class _Training:
         self.has_holes = False
         """Whether the limit lets through what finds its place in the heap's holes, so that peaks are compared too."""
         self.soft_limit_bytes: int | None = None
+        self.history: Any = None
+        """What the GPU's allocator is asked for, where that is recorded."""
 
 
 _training: _Training | None = None
@@ -48,6 +50,9 @@ def attach(torch: Any, request: dict[str, Any]) -> None:
     optim = sys.modules["torch.optim.optimizer"]
     optim.register_optimizer_step_post_hook(_stepped)
     _notice_errors(torch)
+    if request["records"] and request["kind"] == "cuda":
+        modules = sys.modules["torch.nn.modules.module"]
+        _training.limits.append(modules.register_module_forward_pre_hook(lambda module, inputs: _record()))
     if request["kind"] == "cpu" and request["limit_bytes"] is not None:
         # The first forward pass: imports are done and the model is there. What is alive then counts as the workload's.
         modules = sys.modules["torch.nn.modules.module"]
@@ -83,10 +88,23 @@ def _stepped(optimizer: Any, args: Any, kwargs: Any) -> None:
         _finish()
 
 
+def _record() -> None:
+    """Records from the first forward pass on a GPU: before it nothing tells where that will be."""
+    state = _training
+    if state is None or not state.torch.cuda.is_initialized():
+        return
+    for handle in state.limits:
+        handle.remove()
+    state.limits.clear()
+    state.history = trial.load("device/history").begin(state.torch, state.torch.cuda.current_device())
+
+
 def _count(state: _Training, record: dict[str, Any]) -> None:
     cuda = state.torch.cuda
     if cuda.is_initialized():
         cuda.synchronize()
+    if state.history is not None:
+        state.history.step_ended()
     now_s = time.perf_counter()
     record.setdefault("step_times_s", []).append(now_s - state.began_s)
     record.setdefault("retries", []).append(_retries(cuda))
@@ -100,6 +118,8 @@ def _finish() -> NoReturn:
     state, record = _training, trial.record
     assert state is not None
     if not record["done"]:
+        if state.history is not None and record.get("device") == f"cuda:{state.history.index}":
+            trial.write_beside("history", state.history.told())
         record.update(done=True, samples=_samples(state.request["batch_size"]))
         trial.write()
         # A last look for garbage among all that torch has made would take half a second; what this run has made is

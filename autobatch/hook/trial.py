@@ -49,6 +49,12 @@ def write() -> None:
     load("hook/report").write_report(_FOLDER, record)
 
 
+def write_beside(kind: str, told: Any) -> None:
+    """Puts ``told`` on disk beside :data:`record`, in one piece; nothing if there is nothing to tell."""
+    if told is not None:
+        load("hook/report").write_report(_FOLDER, told, kind)
+
+
 def _open_pipe() -> int:
     """The end of the pipe that tells when the prober is gone; without the pipe it is gone already."""
     try:

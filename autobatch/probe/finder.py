@@ -243,7 +243,7 @@ def _inquiry(question: _Question, place: Device, executor: Executor, own: Settin
         on_trial=question.on_trial,
         clock=agreed.clock,
         agree_forecast=agreed.forecast,
-        records=not isinstance(executor, CommandExecutor) and own.environment["kind"] in RECORDABLE,
+        records=own.environment["kind"] in RECORDABLE,
     )
 
 

@@ -69,32 +69,45 @@ class Trace:
         )
 
 
-def trace_of(before: Sequence[Mapping[str, Any]], entries: Iterable[Mapping[str, Any]], steps: Sequence[int]) -> Trace:
+def trace_of(
+    before: Sequence[Mapping[str, Any]],
+    entries: Iterable[tuple[str, int, int, int]],
+    steps: Sequence[int],
+    *,
+    begins_empty: bool = False,
+) -> Trace:
     """The trace that torch's own records are.
 
     Args:
         before: the segments at the beginning, as ``torch.cuda.memory_snapshot()`` gives them, of one device.
-        entries: what happened since, as ``device_traces`` of ``torch.cuda.memory._snapshot()`` has it.
+        entries: what happened since: ``action``, ``addr``, ``size`` and ``stream`` of each of the ``device_traces`` in
+            ``torch.cuda.memory._snapshot()``.
         steps: how many allocations there had been at the end of each step.
+        begins_empty: for a beginning that holds a batch already, and so is another for each size. What is in use there
+            is then allocated in the order of its addresses.
     """
-    segments, in_use = [], dict[int, int]()
-    for segment in before:
-        blocks = []
-        for block in segment["blocks"]:
-            is_used = block["state"] != "inactive"
-            blocks.append((block["size"], is_used))
-            if is_used:
-                in_use[block["address"]] = ALLOCATES - 1 - len(in_use)
-        segments.append(
-            Segment(is_small=segment["segment_type"] == "small", stream=segment["stream"], blocks=tuple(blocks))
-        )
+    segments, in_use = list[Segment](), dict[int, int]()
     events, sizes, streams = array("q"), array("q"), array("q")
-    for entry in entries:
-        if entry["action"] == "alloc":
-            in_use[entry["addr"]] = len(sizes)
+    for segment in before:
+        used = [block for block in segment["blocks"] if block["state"] != "inactive"]
+        if begins_empty:
+            for block in used:
+                in_use[block["address"]] = len(sizes)
+                events.append(ALLOCATES)
+                sizes.append(block["requested_size"])
+                streams.append(segment["stream"])
+            continue
+        in_use |= {block["address"]: ALLOCATES - 1 - len(in_use) - k for k, block in enumerate(used)}
+        blocks = tuple((block["size"], block["state"] != "inactive") for block in segment["blocks"])
+        segments.append(Segment(is_small=segment["segment_type"] == "small", stream=segment["stream"], blocks=blocks))
+    first = len(sizes)
+    for action, address, size, stream in entries:
+        if action == "alloc":
+            in_use[address] = len(sizes)
             events.append(ALLOCATES)
-            sizes.append(entry["size"])
-            streams.append(entry["stream"])
-        elif entry["action"] == "free_completed" and (ended := in_use.pop(entry["addr"], None)) is not None:
+            sizes.append(size)
+            streams.append(stream)
+        elif action == "free_completed" and (ended := in_use.pop(address, None)) is not None:
             events.append(ended)
-    return Trace(segments=tuple(segments), events=events, sizes=sizes, streams=streams, steps=tuple(steps))
+    ends = tuple(first + count for count in steps)
+    return Trace(segments=tuple(segments), events=events, sizes=sizes, streams=streams, steps=ends)

@@ -125,8 +125,8 @@ def test_nothing_is_lost_whatever_the_order(requests: list[tuple[int, int]], str
 # The trace
 
 
-def entry(action: str, address: int = 0, size: int = 0, stream: int = 0) -> dict[str, Any]:
-    return {"action": action, "addr": address, "size": size, "stream": stream}
+def entry(action: str, address: int = 0, size: int = 0, stream: int = 0) -> tuple[str, int, int, int]:
+    return action, address, size, stream
 
 
 def test_torchs_records_become_a_trace() -> None:
@@ -146,7 +146,7 @@ def test_torchs_records_become_a_trace() -> None:
         entry("free_completed", 77),  # nobody's
         entry("alloc", 5000, 30, 0),
         entry("free_completed", 5000),
-        {"action": "oom", "device_free": 0},
+        entry("oom"),
     ]
     trace = trace_of(before, entries, [2, 3])
     assert trace.segments == (Segment(is_small=True, stream=7, blocks=((512, True), (512, False), (1024, True))),)

@@ -22,7 +22,7 @@ from autobatch.device.process import out_of_memory_kills
 from autobatch.errors import InvalidArgumentError, WorkloadFailedError
 from autobatch.hook import TRIAL_VARIABLE, python_path
 from autobatch.probe.command import Command, tracker_variables
-from autobatch.probe.command.run import Ending, Trace, run
+from autobatch.probe.command.run import Ending, TrialFolder, run
 from autobatch.probe.command.verdict import SHRANK, attempt_of, is_end_of_data
 from autobatch.probe.executor import Setting, describe
 from autobatch.probe.isolation import ChildExecutor
@@ -146,11 +146,11 @@ class CommandExecutor:
                 history = f", confirming after {request.history}" if request.history else ""
                 log.write(f"=== batch {request.batch_size}{history}: {' '.join(words)}\n".encode())
                 log.flush()
-                trace = Trace(folder, log, self._command.verbose)
+                trial = TrialFolder(folder, log, self._command.verbose)
                 # In the search a step has two micro-batches at most: so long may two take.
                 within_s = self._command.step_within_s * max(1, accumulation / 2)
                 try:
-                    return run(words, self._variables(folder), trace, step_within_s=within_s)
+                    return run(words, self._variables(folder), trial, step_within_s=within_s)
                 except OSError as exc:
                     raise InvalidArgumentError(
                         "command", self._command.title, f"one that can be run: {exc.strerror or exc}"
@@ -167,6 +167,7 @@ class CommandExecutor:
             "kind": self._kind,
             "limit_bytes": request.limit_bytes,
             "fraction": fraction,
+            "records": request.records,
         }
 
     def _variables(self, folder: Path) -> Mapping[str, str]:

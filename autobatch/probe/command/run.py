@@ -16,6 +16,8 @@ from typing import IO, Any
 
 import psutil
 
+from autobatch.replay.trace import Trace, trace_of
+
 LEAVE_WITHIN_S = 10.0
 """So long a command may take to leave once it is measured or has failed; then SIGTERM."""
 TERM_WITHIN_S = 5.0
@@ -37,10 +39,12 @@ class Ending:
     """Its last lines."""
     log: str = ""
     """The file that has them all."""
+    traces: Mapping[int, Trace] = field(default_factory=dict)
+    """What those of its processes allocated that were recorded, by their number."""
 
 
 @dataclass
-class Trace:
+class TrialFolder:
     """The folder of a trial and its log, as the prober follows them."""
 
     folder: Path
@@ -75,6 +79,11 @@ class Trace:
         """Whether a process has been measured, or has run out of memory."""
         return any(r["done"] or r.get("failure", {}).get("tier") for r in self.records)
 
+    def traces(self) -> Iterator[tuple[int, Trace]]:
+        """What each process has recorded of itself (:mod:`autobatch.hook.recording`)."""
+        for path in self.folder.glob("*.history"):
+            yield int(path.stem), trace_of(**json.loads(path.read_text(encoding="utf-8")), begins_empty=True)
+
     def tail(self, lines: int = 60, most_bytes: int = 1 << 16) -> str:
         with open(self.log.name, "rb") as file:
             file.seek(max(self.began, file.seek(0, os.SEEK_END) - most_bytes))
@@ -89,7 +98,7 @@ class Trace:
         sys.stderr.flush()
 
 
-def run(words: Sequence[str], variables: Mapping[str, str], trace: Trace, *, step_within_s: float) -> Ending:
+def run(words: Sequence[str], variables: Mapping[str, str], trial: TrialFolder, *, step_within_s: float) -> Ending:
     """Runs ``words`` with the environment ``variables`` to its end, or to the end of our patience.
 
     Every process that has the start-up hook ends with this call, and with this process, whatever becomes of that.
@@ -97,21 +106,28 @@ def run(words: Sequence[str], variables: Mapping[str, str], trace: Trace, *, ste
     Raises:
         OSError: if the command cannot be started.
     """
-    with _pipe(trace.folder / "alive"):
+    with _pipe(trial.folder / "alive"):
         process = subprocess.Popen(
             words,
             stdin=subprocess.DEVNULL,
-            stdout=trace.log,
+            stdout=trial.log,
             stderr=subprocess.STDOUT,
             env=dict(variables),
             start_new_session=True,
         )
         try:
-            code, silent = _watch(process, trace, step_within_s)
+            code, silent = _watch(process, trial, step_within_s)
         finally:
             _kill(process)
-    trace.update()
-    return Ending(code=code, silent=silent, records=trace.records, tail=trace.tail(), log=str(trace.log.name))
+    trial.update()
+    return Ending(
+        code=code,
+        silent=silent,
+        records=trial.records,
+        tail=trial.tail(),
+        log=str(trial.log.name),
+        traces=dict(trial.traces()),
+    )
 
 
 @contextlib.contextmanager
@@ -141,7 +157,7 @@ def _is_read(path: Path) -> bool:
     return True
 
 
-def _watch(process: subprocess.Popen[bytes], trace: Trace, step_within_s: float) -> tuple[int | None, bool]:
+def _watch(process: subprocess.Popen[bytes], trial: TrialFolder, step_within_s: float) -> tuple[int | None, bool]:
     """Waits for the end; the exit code, None if it does not come by itself, and whether it said nothing for too long.
 
     What is decided may leave in peace for a while. Then it is told to, which a ``finally`` still hears of.
@@ -150,12 +166,12 @@ def _watch(process: subprocess.Popen[bytes], trace: Trace, step_within_s: float)
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = process.wait(_POLL_S)
-            trace.update()
+            trial.update()
             return code, False
-        if trace.update():
+        if trial.update():
             news_s = time.monotonic()
         quiet_s = time.monotonic() - news_s
-        if not trace.decided:
+        if not trial.decided:
             if quiet_s > step_within_s:
                 return None, True
         elif quiet_s > LEAVE_WITHIN_S + TERM_WITHIN_S:

@@ -62,7 +62,8 @@ def _measured(request: TrialRequest, ending: Ending, trained: list[Record], kind
     if shares and max(shares) < request.batch_size:
         message = f"{_ONLY} {max(shares)} samples"
         return Attempt(trial=_trial(request, trained, Tier.LIMIT, message))
-    return Attempt(trial=_trial(request, trained, None, ""))
+    largest = max(trained, key=lambda record: record.get("peak_reserved_bytes") or 0)
+    return Attempt(trial=_trial(request, trained, None, ""), trace=ending.traces.get(largest["pid"]))
 
 
 def _without_measurement(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from autobatch.probe.search.bracket import Bracket
 from autobatch.replay.forecast import Forecast
 
+_SMALL = 2  # so many more small sizes are learnt from at most
 _SINGLY = 2  # so many sizes above a forecast are tried one by one: the last ones fit, but not in every history
 _FAR = 1.1  # a failure so many times the size above it was foretold from too far off
 
@@ -24,7 +25,7 @@ def follow(bracket: Bracket) -> None:
         if forecast is None or not forecast.is_sure:
             if high is not None:
                 return
-            bracket.leap(_next_small(bracket, forecast, unsure))
+            bracket.leap(_next_to_learn(bracket, forecast, unsure))
             unsure += 1
             continue
         rank = bracket.rank(forecast.least)
@@ -35,13 +36,13 @@ def follow(bracket: Bracket) -> None:
         bracket.leap(rank)
 
 
-def _next_small(bracket: Bracket, forecast: Forecast | None, unsure: int) -> int:
-    """The next size to learn from: twice as large and one more, where there is room for it. The one after that is the
-    next, for sizes side by side mostly take the same kernels.
+def _next_to_learn(bracket: Bracket, forecast: Forecast | None, unsure: int) -> int:
+    """The next size to learn from: twice as large and one more, where there is room for it; then the one beside it,
+    for these two mostly take the same kernels; then the least that is foretold, whence the next forecast is better.
     """
-    size = 2 * bracket.size + 1 if unsure != 1 else bracket.size + 1
+    size = (2 * bracket.size + 1, bracket.size + 1)[unsure] if unsure < _SMALL else 2 * bracket.size + 1
     if forecast is not None:
-        size = min(size, forecast.least)
+        size = forecast.least if unsure >= _SMALL else min(size, forecast.least)
     elif bracket.aim is not None:
         size = min(size, int(bracket.aim))
     return max(bracket.low + 1, bracket.rank(size))
