@@ -162,7 +162,8 @@ class Agreement:
         known = [forecast for forecast in told if forecast is not None]
         if len(known) < len(told):
             return None
-        return Forecast(min(forecast.least for forecast in known), min(forecast.most for forecast in known))
+        least, most, alone = (min(sizes) for sizes in zip(*((f.least, f.most, f.alone) for f in known), strict=True))
+        return Forecast(least, most, alone)
 
     def setting(self, own: Setting, budget_bytes: int | None) -> Setting:
         """The setting of the rank that has the least memory, with what data all ranks have.

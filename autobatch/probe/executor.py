@@ -48,6 +48,8 @@ class Executor(Protocol):
 
     where: str
     """In which processes, as the result says it."""
+    begins_small: bool
+    """Whether a trial can run smaller batches first."""
 
     def setting(self) -> Setting:
         """The place as it is now. Raises what building the workload raises."""
@@ -72,6 +74,7 @@ class LocalExecutor:
     """Trials in this process, of live objects. Restoring them is the caller's part."""
 
     where = "this process"
+    begins_small = True
 
     def __init__(
         self,

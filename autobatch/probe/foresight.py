@@ -24,6 +24,7 @@ class Recorded:
     def __init__(self, capacity_bytes: int | None, agree: Callable[[Forecast | None], Forecast | None]) -> None:
         self._capacity_bytes, self._agree = capacity_bytes, agree
         self._traces: dict[int, Trace] = {}
+        self._foretold: Forecast | None = None
 
     def learn(self, attempt: Attempt) -> None:
         """Takes in a trial that fitted and was recorded; others tell nothing."""
@@ -31,13 +32,23 @@ class Recorded:
             self._traces[attempt.trial.batch_size] = attempt.trace
 
     def has(self, size: int) -> bool:
-        return size in self._traces
+        """Whether a trial of ``size`` or a smaller one was recorded."""
+        return any(recorded <= size for recorded in self._traces)
 
     def forecast(self, size: int) -> Forecast | None:
-        """Where memory ends by the trial of ``size`` and the one next below it that was recorded."""
-        smaller = max((other for other in self._traces if other < size), default=None)
-        own = None
-        if smaller is not None and self._capacity_bytes is not None:
-            seen = scaling(self._traces[smaller], smaller, self._traces[size], size)
-            own = forecast(seen, self._capacity_bytes, smallest=min(self._traces))
-        return self._agree(own)
+        """Where memory ends, by the two largest trials of at most ``size`` that were recorded."""
+        recorded, own = sorted(other for other in self._traces if other <= size), None
+        if len(recorded) > 1 and self._capacity_bytes is not None:
+            smaller, larger = recorded[-2:]
+            seen = scaling(self._traces[smaller], smaller, self._traces[larger], larger)
+            own = forecast(seen, self._capacity_bytes, smallest=recorded[0])
+        self._foretold = self._agree(own)
+        return self._foretold
+
+    def expects_failure(self, size: int) -> bool:
+        """Whether the last forecast has it that ``size`` does not fit in one history or another."""
+        return self._foretold is not None and self._foretold.is_sure and size > self._foretold.least
+
+    def expects_failure_behind_small(self, size: int) -> bool:
+        """Whether it fails behind small batches alone."""
+        return self._foretold is not None and self.expects_failure(size) and size <= self._foretold.alone

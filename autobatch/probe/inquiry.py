@@ -16,7 +16,7 @@ from autobatch.probe.foresight import Recorded
 from autobatch.probe.search import SearchAnswer
 from autobatch.probe.trial import Attempt, TrialRequest
 from autobatch.probe.workload.data import search_within
-from autobatch.replay.forecast import Forecast
+from autobatch.replay.forecast import MORE_STEPS, Forecast
 from autobatch.result import SHUFFLED, BatchSizeResult, Trial
 from autobatch.units import format_bytes
 
@@ -140,11 +140,8 @@ class Inquiry:
         return replace(result, notes=(*result.notes, *fragmentation_notes(result), *malloc_notes(result)))
 
     def _ask(self, size: int, mode: str) -> Trial:
-        # One sample is enough for an evaluation to meet the optimizer's state.
-        before = () if self.trained is None else (self._small("train", self.trained),)
         checked = self.checked.pop((size, mode), None)
-        request = replace(self._request(size, mode, self.steps, before), records=self.foresight is not None)
-        attempt = checked or self.executor.run(request)
+        attempt = checked or self.executor.run(self._searching(size, mode))
         if self.foresight is not None:
             self.foresight.learn(attempt)
         if attempt.suspect is not None:
@@ -152,6 +149,18 @@ class Inquiry:
         if checked is None:
             self.trials.append(self._told(attempt.trial))
         return attempt.trial
+
+    def _searching(self, size: int, mode: str) -> TrialRequest:
+        """A trial of the search. A size that is foretold to fail runs what it is foretold to fail in."""
+        # One sample is enough for an evaluation to meet the optimizer's state.
+        before = () if self.trained is None else (self._small("train", self.trained),)
+        if self.foresight is None:
+            return self._request(size, mode, self.steps, before)
+        steps = self.steps + MORE_STEPS if self.foresight.expects_failure(size) else self.steps
+        if self.executor.begins_small and self.foresight.expects_failure_behind_small(size):
+            small = self._small(mode, size) if self.trained is None else self._small("train", self.trained)
+            return self._request(size, mode, steps, (*before, small, small))
+        return replace(self._request(size, mode, steps, before), records=steps == self.steps)
 
     def check(self, size: int, mode: str) -> Trial:
         """One trial of a remembered answer, as a fresh start."""

@@ -40,6 +40,7 @@ class _WorkerExecutor:
     """
 
     where = "processes of their own"
+    begins_small = True
 
     def __init__(
         self, start: Callable[[], WorkerSource], *, anew: bool, answer_within_s: float, agree: Agree = alone

@@ -90,6 +90,7 @@ class MeetingExecutor(ChildExecutor):
     """
 
     where = "child processes of each rank"
+    begins_small = True
 
     def __init__(
         self,

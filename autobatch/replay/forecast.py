@@ -11,7 +11,7 @@ from autobatch.replay.trace import ALLOCATES, Trace
 
 _TOO_FAR = 2**24  # a batch so large is no forecast
 _SURE = 0.97
-_MORE_STEPS = 5  # behind those that were recorded: some sizes run out in a later step
+MORE_STEPS = 5  # behind those that were recorded: some sizes run out in a later step
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +20,8 @@ class Forecast:
 
     least: int
     most: int
+    alone: int = 0
+    """The largest that should fit as long as nothing smaller comes before it."""
 
     @property
     def is_sure(self) -> bool:
@@ -39,19 +41,24 @@ def forecast(scaling: Scaling, capacity_bytes: int, *, smallest: int = 1) -> For
     most = _grown(lambda n: replay(scaling.trace, scaling.sizes(n), capacity_bytes), scaling.size)
     if most is None:
         return None
-    longer = scaling.prolonged(_MORE_STEPS)
+    longer = scaling.prolonged(MORE_STEPS)
     first = longer.trace.steps[1] if len(longer.trace.steps) > 3 else 0
     small = longer.sizes(smallest)[:first]
 
-    def survives(n: int, unknown_grow: bool) -> bool:
+    def survives(n: int, unknown_grow: bool, begins_small: bool) -> bool:
         sizes = longer.sizes(n, unknown_grow=unknown_grow)
-        return replay(longer.trace, sizes, capacity_bytes) and (
-            replay(longer.trace, [*small, *sizes[first:]], capacity_bytes)
-        )
+        return replay(longer.trace, [*small, *sizes[first:]] if begins_small else sizes, capacity_bytes)
 
-    most = _shrunk(lambda n: survives(n, False), most, scaling.size)
-    least = _shrunk(lambda n: survives(n, True), most, scaling.size) if scaling.unknown else most
-    return Forecast(least, most)
+    def largest(at_most: int, unknown_grow: bool) -> tuple[int, int]:
+        alone = _shrunk(lambda n: survives(n, unknown_grow, False), at_most, scaling.size)
+        both = _shrunk(
+            lambda n: survives(n, unknown_grow, True) and survives(n, unknown_grow, False), alone, scaling.size
+        )
+        return both, alone
+
+    most, alone = largest(most, False)
+    least = largest(most, True)[0] if scaling.unknown else most
+    return Forecast(least, most, alone)
 
 
 def _grown(fits: Callable[[int], bool], known: int) -> int | None:

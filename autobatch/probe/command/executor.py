@@ -47,6 +47,7 @@ class CommandExecutor:
     """
 
     where = "processes of the command"
+    begins_small = False
 
     def __init__(self, command: Command, device: Device) -> None:
         self._kind = device.torch_device.partition(":")[0]

@@ -24,7 +24,7 @@ class Foresight(Protocol):
     """What the trials so far tell of sizes that were never run."""
 
     def has(self, size: int) -> bool:
-        """Whether the trial of ``size`` was recorded."""
+        """Whether a trial of ``size`` or a smaller one was recorded."""
 
     def forecast(self, size: int) -> Forecast | None:
         """Where memory ends, seen from ``size``; None while too little was recorded to tell."""
@@ -102,7 +102,7 @@ class Bracket:
 
     @property
     def is_recorded(self) -> bool:
-        """True if what the largest size that fitted has allocated is known."""
+        """True if what sizes that fitted have allocated is known."""
         return self.foresight is not None and self.low > 0 and self.foresight.has(self.size)
 
     @property
