@@ -8,7 +8,6 @@ from __future__ import annotations
 import pickle
 import random
 from array import array
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
