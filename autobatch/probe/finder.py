@@ -210,7 +210,8 @@ def _found(
         return replace(known, notes=notes, duration_s=time.monotonic() - question.started_s)
     guess, ceiling = recall.first_guess or question.first_guess, None
     if guess is None:
-        guess, said = agreed.by_narrowest("a first guess", lambda: _guess(question, inquiry, ahead))
+        first = agreed.by_narrowest("a first guess", lambda: _guess(question, inquiry, ahead))
+        guess, said, inquiry.smallest = first
         recall.notes += [said] if said else []
         inquiry.records &= guess is None  # a GPU that is not there has run it all, kernels' workspaces included
         if guess is not None and question.limits["avoid_oom"]:
@@ -247,22 +248,28 @@ def _inquiry(question: _Question, place: Device, executor: Executor, own: Settin
     )
 
 
-def _guess(question: _Question, inquiry: Inquiry, ahead: Twin | None) -> tuple[int | None, str]:
-    """What a virtual GPU of the same size answers; None where there can be none."""
+def _guess(question: _Question, inquiry: Inquiry, ahead: Twin | None) -> tuple[int | None, str, int | None]:
+    """What a virtual GPU of the same size answers, a sentence about it, and the smallest batch that ran there; None
+    where there can be none."""
     card = twin_of(inquiry.setting, of_virtual=question.limits["avoid_oom"])
     if card is None:
-        return None, ""
+        return None, "", None
     # What fails there harms nobody.
     options = question.rounding | question.limits | {"avoid_oom": False}
     ahead = ahead if ahead is not None and ahead.stands_for(inquiry.setting) else None
-    return virtual_guess(question.source, card, lambda twin: _answer_of(inquiry.elsewhere(twin), options), ahead)
-
-
-def _answer_of(inquiry: Inquiry, options: dict[str, Any]) -> int:
-    """What a virtual GPU answers, where it is asked for a first guess only."""
     limit_s = options["time_limit_s"]
-    within_s = WITHIN_S if limit_s is None else min(WITHIN_S, limit_s)
-    return next(iter(inquiry.search(options | {"time_limit_s": within_s}, first_guess=None).values())).batch_size
+    options["time_limit_s"] = WITHIN_S if limit_s is None else min(WITHIN_S, limit_s)
+    smallest = None
+
+    def search(twin: Executor) -> int:
+        nonlocal smallest
+        there = inquiry.elsewhere(twin)
+        answers = there.search(options, first_guess=None)
+        smallest = min(trial.batch_size for trial in there.trials if trial.fits)
+        return next(iter(answers.values())).batch_size
+
+    guess, said = virtual_guess(question.source, card, search, ahead)
+    return guess, said, smallest
 
 
 def _notes_of_ranks(question: _Question, device: Device, agreed: Agreement, together: Agreement) -> list[str]:

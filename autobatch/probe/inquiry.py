@@ -66,6 +66,8 @@ class Inquiry:
     """What a forecast means where other ranks have theirs."""
     records: bool = True
     """Whether trials are recorded, to tell from them what sizes need that were never run."""
+    smallest: int | None = None
+    """The smallest batch that ran in another place; None if none did."""
     trained: int | None = None
     """The batch that training takes, where evaluation comes amid it."""
 
@@ -189,10 +191,11 @@ class Inquiry:
     def _small(self, mode: str, size: int) -> int:
         """A batch smaller than ``size``: one sample, unless the caller started higher (batch norm refuses one).
 
-        A search that began at a guess need not have run so few, and goes no further down than two.
+        A search that began at a guess need not have run so few, and goes no further down than two, unless fewer ran
+        elsewhere.
         """
-        ran = (trial.batch_size for trial in self.trials if trial.fits and trial.mode == mode)
-        return min(size, max(self.first_size, 2), *ran)
+        ran = [trial.batch_size for trial in self.trials if trial.fits and trial.mode == mode]
+        return min(size, max(self.first_size, 2), *ran, *(() if self.smallest is None else (self.smallest,)))
 
     def _request(self, size: int, mode: str, steps: int, before: tuple[int, ...]) -> TrialRequest:
         limit_bytes = self.capacity_bytes if self.is_restricted else None
