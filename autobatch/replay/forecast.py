@@ -16,7 +16,8 @@ MORE_STEPS = 5  # behind those that were recorded: some sizes run out in a later
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """The largest batch that should fit: ``least`` if what is unknown of it grows with the batch, ``most`` if not."""
+    """The largest batch that should fit: ``least`` if what is uncertain grows in proportion to it, ``most`` if it grows
+    as it has done."""
 
     least: int
     most: int
@@ -25,11 +26,11 @@ class Forecast:
 
     @property
     def is_sure(self) -> bool:
-        """True if what is unknown of it matters little."""
+        """True if what is uncertain matters little."""
         return self.least >= _SURE * self.most
 
 
-def forecast(scaling: Scaling, capacity_bytes: int, *, smallest: int = 1) -> Forecast | None:
+def forecast(scaling: Scaling, capacity_bytes: int, *, smallest: int = 1, fitted: int | None = None) -> Forecast | None:
     """Where ``capacity_bytes`` end, for training that begins with such a batch and for training that begins with a
     small one. None where no end is seen.
 
@@ -37,27 +38,31 @@ def forecast(scaling: Scaling, capacity_bytes: int, *, smallest: int = 1) -> For
         scaling: of a batch that fitted.
         capacity_bytes: what the allocator may take from the driver.
         smallest: a small batch, as the last of an epoch may be one.
+        fitted: for a ``scaling`` of a batch that ran and did not fit, a smaller one that did.
     """
-    most = _grown(lambda n: replay(scaling.trace, scaling.sizes(n), capacity_bytes), scaling.size)
+    known = scaling.size if fitted is None else fitted
+
+    def gets_through(n: int) -> bool:
+        return replay(scaling.trace, scaling.sizes(n), capacity_bytes)
+
+    most = _grown(gets_through, known) if fitted is None else _shrunk(gets_through, scaling.size - 1, known)
     if most is None:
         return None
     longer = scaling.prolonged(MORE_STEPS)
     first = longer.trace.steps[1] if len(longer.trace.steps) > 3 else 0
     small = longer.sizes(smallest)[:first]
 
-    def survives(n: int, unknown_grow: bool, begins_small: bool) -> bool:
-        sizes = longer.sizes(n, unknown_grow=unknown_grow)
+    def survives(n: int, at_worst: bool, begins_small: bool) -> bool:
+        sizes = longer.sizes(n, at_worst=at_worst)
         return replay(longer.trace, [*small, *sizes[first:]] if begins_small else sizes, capacity_bytes)
 
-    def largest(at_most: int, unknown_grow: bool) -> tuple[int, int]:
-        alone = _shrunk(lambda n: survives(n, unknown_grow, False), at_most, scaling.size)
-        both = _shrunk(
-            lambda n: survives(n, unknown_grow, True) and survives(n, unknown_grow, False), alone, scaling.size
-        )
+    def largest(at_most: int, at_worst: bool) -> tuple[int, int]:
+        alone = _shrunk(lambda n: survives(n, at_worst, False), at_most, known)
+        both = _shrunk(lambda n: survives(n, at_worst, True) and survives(n, at_worst, False), alone, known)
         return both, alone
 
     most, alone = largest(most, False)
-    least = largest(most, True)[0] if scaling.unknown else most
+    least = largest(most, True)[0] if scaling.uncertain else most
     return Forecast(least, most, alone)
 
 

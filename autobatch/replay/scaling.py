@@ -9,6 +9,7 @@ from autobatch.replay.trace import Trace
 
 _IN_A_ROW = 6  # so many allocations one after the other that go together are taken to be the same ones
 _FARTHEST = 60  # allocations that are looked past for such a row, in both lists together
+_ROUNDED = 1 / 1000  # the part by which a size may be rounded and still be in proportion
 _SLACK = 512  # bytes by which a size may be off and still lie between fixed and in proportion: a few counters and seeds
 
 
@@ -19,18 +20,20 @@ class Scaling:
     trace: Trace
     size: int
     per_sample: tuple[float, ...]
-    """Bytes that each allocation grows by with one more sample; 0 where it has no counterpart."""
-    unknown: tuple[int, ...]
-    """The allocations without a counterpart in the smaller batch: workspaces of kernels that it does not need."""
+    """Bytes that each allocation grows by with one more sample, as it did between the two sizes; 0 where it has no
+    counterpart in the smaller batch."""
+    uncertain: tuple[int, ...]
+    """The allocations of which that is not sure: without a counterpart, or neither fixed nor in proportion. They are
+    workspaces of kernels, which others may take the place of."""
 
-    def sizes(self, batch_size: int, *, unknown_grow: bool = False) -> list[int]:
-        """Bytes of each allocation at ``batch_size``, those without a counterpart fixed or in proportion to it."""
+    def sizes(self, batch_size: int, *, at_worst: bool = False) -> list[int]:
+        """Bytes of each allocation at ``batch_size``. At worst, those that are uncertain grow in proportion to it."""
         more = batch_size - self.size
         sizes = [
             max(1, round(size + growth * more)) for size, growth in zip(self.trace.sizes, self.per_sample, strict=True)
         ]
-        if unknown_grow and more > 0:
-            for k in self.unknown:
+        if at_worst and more > 0:
+            for k in self.uncertain:
                 sizes[k] = self.trace.sizes[k] * batch_size // self.size
         return sizes
 
@@ -39,9 +42,9 @@ class Scaling:
         trace, start = self.trace.prolonged(more), len(self.trace.sizes)
         last = self.trace.last_step()
         times = more if len(trace.sizes) > start else 0
-        repeated = tuple(k + (again + 1) * len(last) for again in range(times) for k in self.unknown if k in last)
+        repeated = tuple(k + (again + 1) * len(last) for again in range(times) for k in self.uncertain if k in last)
         return Scaling(
-            trace, self.size, self.per_sample + self.per_sample[last.start :] * times, self.unknown + repeated
+            trace, self.size, self.per_sample + self.per_sample[last.start :] * times, self.uncertain + repeated
         )
 
 
@@ -51,17 +54,17 @@ def scaling(smaller: Trace, smaller_size: int, trace: Trace, size: int) -> Scali
     A tensor is of a fixed size, in proportion to the batch, or between. The two lists are walked side by side for as
     long as that holds; where it does not, one of them has allocations that the other lacks.
     """
-    partners = _partners(smaller.sizes, trace.sizes, smaller_size, size)
-    more = size - smaller_size
-    return Scaling(
-        trace=trace,
-        size=size,
-        per_sample=tuple(
-            0.0 if partner is None else (bytes_ - smaller.sizes[partner]) / more
-            for partner, bytes_ in zip(partners, trace.sizes, strict=True)
-        ),
-        unknown=tuple(k for k, partner in enumerate(partners) if partner is None),
-    )
+    growths, uncertain = [], []
+    for k, partner in enumerate(_partners(smaller.sizes, trace.sizes, smaller_size, size)):
+        few, many = 0 if partner is None else smaller.sizes[partner], trace.sizes[k]
+        growths.append(0.0 if partner is None else (many - few) / (size - smaller_size))
+        if partner is None or not (few == many or _in_proportion(few, many, smaller_size, size)):
+            uncertain.append(k)
+    return Scaling(trace=trace, size=size, per_sample=tuple(growths), uncertain=tuple(uncertain))
+
+
+def _in_proportion(few: int, many: int, n: int, m: int) -> bool:
+    return abs(many * n - few * m) <= _SLACK * m + many * n * _ROUNDED
 
 
 def _partners(few: Sequence[int], many: Sequence[int], n: int, m: int) -> list[int | None]:

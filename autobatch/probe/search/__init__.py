@@ -127,7 +127,7 @@ def _find(bracket: Bracket, *, first_guess: int | None, avoid_oom: bool, ceiling
     if avoid_oom:
         creep(bracket, math.inf if ceiling is None else ceiling)
     elif bracket.low:
-        follow(bracket)
+        follow(bracket, first_guess)
         if first_guess is None or bracket.aim is not None:
             _approach(bracket, first_guess)
         _pass_the_aim(bracket, first_guess)

@@ -6,43 +6,46 @@ from autobatch.probe.search.bracket import Bracket
 from autobatch.replay.forecast import Forecast
 
 _SMALL = 2  # so many more small sizes are learnt from at most
-_SINGLY = 2  # so many sizes above a forecast are tried one by one: the last ones fit, but not in every history
+_LONGEST_LEAP = 9  # growth to this power
+_GUESSED = 0.98  # a guess that is this part of a forecast, or more, agrees with it
+_OFTEN = 2  # so many times a forecast may be wrong in one direction, and once more: then others than it tell more
 _FAR = 1.1  # a failure so many times the size above it was foretold from too far off
 
 
-def follow(bracket: Bracket) -> None:
+def follow(bracket: Bracket, guess: int | None = None) -> None:
     """Invariant: ``low`` fits. Asks where memory is foretold to end, then just above, for as long as there are
     forecasts.
 
     One is made from two sizes, so a search begins with two or three small ones: the kernels that a batch of one sample
-    takes are often others than those of more, which the forecast tells by itself.
+    takes are often others than those of more, which the forecast tells by itself. A ``guess`` that lies within an
+    unsure forecast, or a little below a sure one, is asked in its place.
     """
     unsure = above = refuted = 0
-    while bracket.is_recorded and not bracket.done:
+    while bracket.is_recorded and not bracket.done and above <= _OFTEN and refuted <= _OFTEN:
         forecast, high = bracket.forecast, bracket.high
-        if forecast is None and len(bracket.trials) > 1:
-            return
-        if forecast is None or not forecast.is_sure:
-            if high is not None:
+        if forecast is None or (not forecast.is_sure and high is None and unsure < _SMALL and guess is None):
+            if high is not None or unsure > _SMALL:
                 return
-            bracket.leap(_next_to_learn(bracket, forecast, unsure))
-            unsure += 1
-            continue
-        rank = bracket.rank(forecast.least)
-        if rank <= bracket.low:  # more fits than was foretold, or as much: then the next size fails
-            rank, above = bracket.low + (1 << max(0, above - _SINGLY)), above + 1
-        elif high is not None and rank >= high:
-            rank, refuted = _below(bracket, refuted), refuted + 1
+            rank, unsure = _next_to_learn(bracket, forecast, unsure), unsure + 1
+        elif guess is not None and _GUESSED * forecast.least <= guess <= forecast.most:
+            rank, guess = bracket.rank(guess), None
+        else:
+            foretold = forecast.most if forecast.is_sure else forecast.least
+            rank, guess = bracket.rank(min(foretold, bracket.size * bracket.growth**_LONGEST_LEAP)), None
+            if rank <= bracket.low:  # more fits than was foretold, or as much: then the next size fails
+                rank, above = bracket.low + 1, above + 1
+            elif high is not None and rank >= high:
+                rank, refuted = _below(bracket, refuted), refuted + 1
         bracket.leap(rank)
 
 
 def _next_to_learn(bracket: Bracket, forecast: Forecast | None, unsure: int) -> int:
     """The next size to learn from: twice as large and one more, where there is room for it; then the one beside it,
-    for these two mostly take the same kernels; then the least that is foretold, whence the next forecast is better.
+    for these two mostly take the same kernels.
     """
-    size = (2 * bracket.size + 1, bracket.size + 1)[unsure] if unsure < _SMALL else 2 * bracket.size + 1
+    size = bracket.size + 1 if unsure == 1 else 2 * bracket.size + 1
     if forecast is not None:
-        size = forecast.least if unsure >= _SMALL else min(size, forecast.least)
+        size = min(size, forecast.least)
     elif bracket.aim is not None:
         size = min(size, int(bracket.aim))
     return max(bracket.low + 1, bracket.rank(size))
