@@ -33,6 +33,8 @@ from autobatch.probe.command import run as command_run
 from autobatch.probe.command.executor import CommandExecutor
 from autobatch.probe.command.verdict import SHRANK
 from autobatch.probe.trial import Attempt, TrialRequest
+from autobatch.replay.forecast import forecast
+from autobatch.replay.scaling import scaling
 from autobatch.units import MIB
 
 SCRIPTS = Path(__file__).parents[1] / "commands"
@@ -63,6 +65,37 @@ def attempt(words: list[str], log: Path, size: int = 2, *, device: Any = None, *
         done = executor.run(TrialRequest(batch_size=size, steps=2, limit_bytes=256 * MIB))
     assert not set(psutil.Process().children(recursive=True)) - before
     return done
+
+
+def recorded(words: list[str], log: Path, *sizes: int) -> list[Attempt]:
+    """Trials that record what the command allocates on a virtual GPU."""
+    with closing(CommandExecutor(Command(words, log=log), VirtualGPU(CARD))) as executor:
+        return [executor.run(TrialRequest(batch_size=size, steps=3, records=True)) for size in sizes]
+
+
+def test_what_a_command_allocates_is_recorded_from_its_first_forward_pass(log):
+    """The batch is on the GPU then, and grows with the size as all the rest; so two runs foretell a third."""
+    words = [sys.executable, str(SCRIPTS / "plain.py"), *SIZES]
+    small, larger, large = recorded(words, log, 200, 300, 4000)
+    assert small.trace is not None
+    assert larger.trace is not None
+    assert len(small.trace.steps) == 3
+    needed_bytes = large.trial.measurement.peak_reserved_bytes
+    found = forecast(scaling(small.trace, 200, larger.trace, 300), needed_bytes, smallest=200)
+    assert found is not None
+    assert 0.97 * 4000 <= found.most <= 1.1 * 4000
+
+
+def test_a_history_that_the_command_keeps_itself_is_left_to_it(log):
+    code = (
+        "import sys, torch; torch.zeros(1, device='cuda')\n"
+        "torch.cuda.memory._record_memory_history(context=None, max_entries=10_000)\n"
+        f"sys.path.insert(0, {str(SCRIPTS)!r}); sys.argv[1:] = ['--batch-size', '{{batch_size}}']\n"
+        "import plain; plain.train(plain.parse())"
+    )
+    (done,) = recorded([*CODE, code], log, 64)
+    assert done.trial.fits
+    assert done.trace is None
 
 
 class TestEndings:

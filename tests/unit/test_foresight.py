@@ -1,0 +1,78 @@
+"""What recorded trials tell the search: which of them count, and what a size is expected to fail in."""
+
+from __future__ import annotations
+
+from array import array
+
+import pytest
+
+from autobatch.probe.foresight import Recorded
+from autobatch.probe.trial import Attempt
+from autobatch.replay.forecast import Forecast
+from autobatch.replay.trace import ALLOCATES, Trace
+from autobatch.result import Outcome, Trial
+from autobatch.units import GIB, MIB
+
+
+def trace(n: int, workspace_bytes: int = 0) -> Trace:
+    """Three steps that take 100 MiB, 10 MiB a sample and a workspace."""
+    sizes = array("q", [100 * MIB, 10 * MIB * n, max(1, workspace_bytes)] * 3)
+    events = array("q", [event for k in (0, 3, 6) for event in (*[ALLOCATES] * 3, k, k + 1, k + 2)])
+    return Trace(segments=(), events=events, sizes=sizes, streams=array("q", [0] * 9), steps=(3, 6, 9))
+
+
+def attempt(n: int, outcome: Outcome = Outcome.FITS, recorded: Trace | None = None) -> Attempt:
+    return Attempt(trial=Trial(batch_size=n, outcome=outcome), trace=recorded or trace(n))
+
+
+def recorded(*attempts: Attempt, capacity_bytes: int | None = GIB) -> Recorded:
+    found = Recorded(capacity_bytes, lambda own: own)
+    for each in attempts:
+        found.learn(each)
+    return found
+
+
+def test_one_recorded_size_foretells_nothing() -> None:
+    found = recorded(attempt(1))
+    assert found.has(1)
+    assert found.has(2)
+    assert found.forecast(1) is None
+    assert not found.expects_failure(10**9)
+
+
+def test_two_do() -> None:
+    found = recorded(attempt(1), attempt(3))
+    assert found.forecast(3) == Forecast(92, 92, 92)  # (1024 - 100) / 10
+    assert found.expects_failure(93)
+    assert not found.expects_failure(92)
+    assert not found.expects_failure_behind_small(93)
+
+
+def test_without_a_capacity_nothing_is_foretold() -> None:
+    assert recorded(attempt(1), attempt(3), capacity_bytes=None).forecast(3) is None
+
+
+def test_a_trial_that_was_not_recorded_tells_nothing() -> None:
+    found = Recorded(GIB, lambda own: own)
+    found.learn(Attempt(trial=Trial(batch_size=1, outcome=Outcome.FITS)))
+    assert not found.has(1)
+
+
+@pytest.mark.parametrize("outcome", [Outcome.THRASHED, Outcome.OVER_HEADROOM])
+def test_one_that_ran_and_did_not_fit_tells_what_is_below_it(outcome: Outcome) -> None:
+    """From 3 samples 87 are foretold; the workspace that is seen at 86 has grown in between."""
+    found = recorded(attempt(1, recorded=trace(1, 50 * MIB)), attempt(3, recorded=trace(3, 50 * MIB)))
+    assert found.forecast(3) == Forecast(87, 87, 87)
+    found.learn(attempt(86, outcome, trace(86, 200 * MIB)))
+    below = found.forecast(3)
+    assert below is not None
+    needed = [100 + 10 * n + 50 + 150 * (n - 3) / 83 for n in (below.most, below.most + 2)]  # in MiB, which are rounded
+    assert needed[0] <= 1024 < needed[1]
+
+
+def test_ranks_take_what_they_agree_on() -> None:
+    found = Recorded(GIB, lambda own: None if own is None else Forecast(50, 60, 55))
+    for each in (attempt(1), attempt(3)):
+        found.learn(each)
+    assert found.forecast(3) == Forecast(50, 60, 55)
+    assert not found.expects_failure(70)  # it is not sure
