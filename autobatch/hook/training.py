@@ -31,13 +31,19 @@ class _Training:
         """The first that stepped: where several take turns, as in a GAN, its steps are the training's."""
         self.out_of_memory = ""
         """The last out-of-memory error since a step ended. One that a step follows was caught."""
-        self.limits: list[Any] = []
+        self.handles: list[Any] = []
+        """Of hooks that wait for the first forward pass."""
         self.idle_resident_bytes: int | None = None
         self.has_holes = False
         """Whether the limit lets through what finds its place in the heap's holes, so that peaks are compared too."""
         self.soft_limit_bytes: int | None = None
         self.history: Any = None
         """What the GPU's allocator is asked for, where that is recorded."""
+
+    def remove_handles(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
 
 
 _training: _Training | None = None
@@ -52,12 +58,12 @@ def attach(torch: Any, request: dict[str, Any]) -> None:
     _notice_errors(torch)
     if request["records"] and request["kind"] == "cuda":
         modules = sys.modules["torch.nn.modules.module"]
-        _training.limits.append(modules.register_module_forward_pre_hook(lambda module, inputs: _record()))
+        _training.handles.append(modules.register_module_forward_pre_hook(lambda module, inputs: _record()))
     if request["kind"] == "cpu" and request["limit_bytes"] is not None:
         # The first forward pass: imports are done and the model is there. What is alive then counts as the workload's.
         modules = sys.modules["torch.nn.modules.module"]
-        _training.limits.append(modules.register_module_forward_pre_hook(lambda module, inputs: _limit_host()))
-        _training.limits.append(optim.register_optimizer_step_pre_hook(lambda *arguments: _limit_host()))
+        _training.handles.append(modules.register_module_forward_pre_hook(lambda module, inputs: _limit_host()))
+        _training.handles.append(optim.register_optimizer_step_pre_hook(lambda *arguments: _limit_host()))
 
 
 def attach_anew(torch: Any, request: dict[str, Any]) -> None:
@@ -65,7 +71,7 @@ def attach_anew(torch: Any, request: dict[str, Any]) -> None:
     global _training
     parent, _training = _training, _Training(torch, request)
     if parent is not None:
-        _training.limits = parent.limits
+        _training.handles = parent.handles
         _training.soft_limit_bytes = parent.soft_limit_bytes
         _training.idle_resident_bytes = parent.idle_resident_bytes
         _training.has_holes = parent.has_holes
@@ -91,11 +97,9 @@ def _stepped(optimizer: Any, args: Any, kwargs: Any) -> None:
 def _record() -> None:
     """Records from the first forward pass on a GPU: before it nothing tells where that will be."""
     state = _training
-    if state is None or not state.torch.cuda.is_initialized():
+    if state is None or state.torch.compiler.is_compiling() or not state.torch.cuda.is_initialized():
         return
-    for handle in state.limits:
-        handle.remove()
-    state.limits.clear()
+    state.remove_handles()
     state.history = trial.load("device/history").begin(state.torch, state.torch.cuda.current_device())
 
 
@@ -172,11 +176,9 @@ def measure() -> dict[str, Any]:
 def _limit_host() -> None:
     """Lets private data grow by the limit above that of an idle process, as HostDevice does; once."""
     state = _training
-    if state is None:
+    if state is None or state.torch.compiler.is_compiling():
         return
-    for handle in state.limits:
-        handle.remove()
-    state.limits.clear()
+    state.remove_handles()
     if state.soft_limit_bytes is not None:
         return
     import resource

@@ -132,8 +132,10 @@ def find(
         per_rank: among several ranks, each searches a size of its own on its own device, for devices that are unequal;
             ``environment["rank_sizes"]`` has those of all. A trial can run no collective then.
         time_limit_s: seconds after which no larger size is tried.
-        first_guess: a size near which the answer is expected: the search begins there. Without one, on a real NVIDIA
-            GPU, it begins at the answer of a virtual one, where the workload can reach a child process.
+        first_guess: a size near which the answer is expected: the search begins there, or on CUDA and ROCm, where small
+            batches tell better, with one of two samples, and the guess counts where it agrees with what these tell.
+            Without one, on a real NVIDIA GPU, it begins at the answer of a virtual one, where the workload can reach a
+            child process.
         cache: None for no cache; True, or a folder, to keep the answer there and to look there first. An answer that
             is found there is confirmed by one trial. Ranks that agree on a size use none.
         on_trial: called with each :class:`~autobatch.result.Trial` as it ends, those of the confirmation too.
@@ -244,7 +246,7 @@ def _inquiry(question: _Question, place: Device, executor: Executor, own: Settin
         on_trial=question.on_trial,
         clock=agreed.clock,
         agree_forecast=agreed.forecast,
-        records=own.environment["kind"] in RECORDABLE,
+        records=all(agreed.exchange("recording", own.environment["kind"] in RECORDABLE)),
     )
 
 
@@ -265,7 +267,8 @@ def _guess(question: _Question, inquiry: Inquiry, ahead: Twin | None) -> tuple[i
         nonlocal smallest
         there = inquiry.elsewhere(twin)
         answers = there.search(options, first_guess=None)
-        smallest = min(trial.batch_size for trial in there.trials if trial.fits)
+        mode = next(iter(answers))
+        smallest = min(trial.batch_size for trial in there.trials if trial.fits and trial.mode == mode)
         return next(iter(answers.values())).batch_size
 
     guess, said = virtual_guess(question.source, card, search, ahead)

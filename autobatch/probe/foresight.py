@@ -18,19 +18,27 @@ class Recorded:
 
     Args:
         capacity_bytes: what the trials may have here; None if unknown, and then nothing is foretold.
+        steps: how many of each trial count.
         agree: what a forecast means where other ranks have theirs.
     """
 
-    def __init__(self, capacity_bytes: int | None, agree: Callable[[Forecast | None], Forecast | None]) -> None:
-        self._capacity_bytes, self._agree = capacity_bytes, agree
+    def __init__(
+        self, capacity_bytes: int | None, steps: int, agree: Callable[[Forecast | None], Forecast | None]
+    ) -> None:
+        self._capacity_bytes, self._steps, self._agree = capacity_bytes, steps, agree
+        self._fitted = 0
         self._traces: dict[int, Trace] = {}
         self._refused: dict[int, Trace] = {}
         self._foretold: Forecast | None = None
 
     def learn(self, attempt: Attempt) -> None:
-        """Takes in a trial that was recorded and ran to its end."""
+        """Takes in what a trial that ran to its end has recorded, and that it fitted."""
+        trial = attempt.trial
+        if trial.fits:
+            self._fitted = max(self._fitted, trial.batch_size)
         if attempt.trace is not None:
-            (self._traces if attempt.trial.fits else self._refused)[attempt.trial.batch_size] = attempt.trace
+            traces = self._traces if trial.fits else self._refused
+            traces[trial.batch_size] = attempt.trace.shortened(self._steps)
 
     def has(self, size: int) -> bool:
         """Whether a trial of ``size`` or a smaller one was recorded."""
@@ -40,23 +48,31 @@ class Recorded:
         """Where memory ends: by the largest trial of at most ``size`` that was recorded, and the next larger one that
         ran but did not fit, between which it ends; or if there is none, by the next smaller one.
         """
-        recorded, own = sorted(other for other in self._traces if other <= size), None
-        if recorded and self._capacity_bytes is not None:
-            smaller, smallest = recorded[-1], recorded[0]
-            refused = min((other for other in self._refused if other > size), default=None)
-            if refused is not None:
-                seen = scaling(self._traces[smaller], smaller, self._refused[refused], refused)
-                own = forecast(seen, self._capacity_bytes, smallest=smallest, fitted=size)
-            elif len(recorded) > 1:
-                before = recorded[-2]
-                seen = scaling(self._traces[before], before, self._traces[smaller], smaller)
-                own = forecast(seen, self._capacity_bytes, smallest=smallest)
+        try:
+            own = self._own_forecast(size)
+        except Exception:  # noqa: BLE001 - advice that cannot be had is no error of the caller's, nor of other ranks'
+            own = None
         self._foretold = self._agree(own)
         return self._foretold
 
+    def _own_forecast(self, size: int) -> Forecast | None:
+        recorded = sorted(other for other in self._traces if other <= size)
+        if not recorded or self._capacity_bytes is None:
+            return None
+        larger, smallest = recorded[-1], recorded[0]
+        refused = min((other for other in self._refused if other > size), default=None)
+        if refused is not None:
+            seen = scaling(self._traces[larger], larger, self._refused[refused], refused)
+            return forecast(seen, self._capacity_bytes, smallest=smallest, fitted=size)
+        if len(recorded) < 2:
+            return None
+        seen = scaling(self._traces[recorded[-2]], recorded[-2], self._traces[larger], larger)
+        return forecast(seen, self._capacity_bytes, smallest=smallest)
+
     def expects_failure(self, size: int) -> bool:
-        """Whether the last forecast has it that ``size`` does not fit in one history or another."""
-        return self._foretold is not None and self._foretold.is_sure and size > self._foretold.most
+        """Whether the last forecast has it that ``size`` does not fit in one history or another, and was not wrong."""
+        foretold = self._foretold
+        return foretold is not None and foretold.is_sure and size > foretold.most >= self._fitted
 
     def expects_failure_behind_small(self, size: int) -> bool:
         """Whether it fails behind small batches alone."""

@@ -104,7 +104,7 @@ class Inquiry:
         for mode in ("train", "eval") if self.setting.mode == "both" else (self.setting.mode,):
             self.suspects.clear()
             self.trained = answers["train"].batch_size if answers else None
-            self.foresight = Recorded(self.capacity_bytes, self.agree_forecast) if self.records else None
+            self.foresight = Recorded(self.capacity_bytes, self.steps, self.agree_forecast) if self.records else None
             try:
                 answers[mode] = search_within(
                     self.setting.data.get(mode),
@@ -160,9 +160,8 @@ class Inquiry:
             return self._request(size, mode, self.steps, before)
         steps = self.steps + MORE_STEPS if self.foresight.expects_failure(size) else self.steps
         if self.executor.begins_small and self.foresight.expects_failure_behind_small(size):
-            small = self._small(mode, size) if self.trained is None else self._small("train", self.trained)
-            return self._request(size, mode, steps, (*before, small, small))
-        return replace(self._request(size, mode, steps, before), records=steps == self.steps)
+            return self._request(size, mode, steps, (*before, *self._two_small(size, mode)))
+        return replace(self._request(size, mode, steps, before), records=True)
 
     def check(self, size: int, mode: str) -> Trial:
         """One trial of a remembered answer, as a fresh start."""
@@ -178,8 +177,7 @@ class Inquiry:
 
     def _confirm(self, size: int, mode: str) -> Trial:
         fresh = self._fresh(size, mode)
-        small = self._small(mode, size) if self.trained is None else self._small("train", self.trained)
-        before = (*fresh.sizes_before, small, small)
+        before = (*fresh.sizes_before, *self._two_small(size, mode))
         after_small = replace(fresh, history="smaller batches", sizes_before=before)
         extent = self.setting.data.get(mode)
         seeds = range(self.shuffles if extent is not None and extent.varies else 0)
@@ -187,6 +185,11 @@ class Inquiry:
         attempts = self.executor.confirm((*[fresh] * self.fresh, after_small, *shuffled))
         self.confirmation += [self._told(attempt.trial) for attempt in attempts]
         return attempts[-1].trial
+
+    def _two_small(self, size: int, mode: str) -> tuple[int, int]:
+        """The small batches that come before one of ``size``, as the last of an epoch may."""
+        small = self._small(mode, size) if self.trained is None else self._small("train", self.trained)
+        return small, small
 
     def _small(self, mode: str, size: int) -> int:
         """A batch smaller than ``size``: one sample, unless the caller started higher (batch norm refuses one).

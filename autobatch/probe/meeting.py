@@ -90,7 +90,6 @@ class MeetingExecutor(ChildExecutor):
     """
 
     where = "child processes of each rank"
-    begins_small = True
 
     def __init__(
         self,

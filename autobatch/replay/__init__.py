@@ -1,4 +1,4 @@
-"""What a step allocates, recorded once or twice at small batches and replayed at a large one. No torch, no device.
+"""What a step allocates, recorded at two batch sizes and replayed at others. No torch, no device.
 
 A recorded :class:`~autobatch.replay.trace.Trace` is a list of allocations and frees. Two of them at different batch
 sizes tell how each allocation grows (:mod:`autobatch.replay.scaling`); a model of PyTorch's caching allocator

@@ -56,7 +56,7 @@ class CachingAllocator:
         self.in_use: list[Block] = []
         """The blocks in use at the beginning, in the order of ``segments``."""
         self._free: dict[tuple[bool, int], list[tuple[int, int, Block]]] = {}
-        self._end = _BEGINNING
+        self._end = _BEGINNING  # above all that a driver gives out
         for segment in segments:
             self._put(segment)
 
@@ -77,7 +77,13 @@ class CachingAllocator:
         return block
 
     def release(self, block: Block) -> None:
-        """Puts ``block`` among the free ones, as one with those beside it."""
+        """Puts ``block`` among the free ones, as one with those beside it.
+
+        Raises:
+            ValueError: if it is free already.
+        """
+        if block.is_free:
+            raise ValueError("a block is released twice")
         after, before = block.after, block.before
         if after is not None and after.is_free:
             _forget(after)
@@ -109,13 +115,13 @@ class CachingAllocator:
 
     def _put(self, segment: Segment) -> None:
         free = self._free.setdefault((segment.is_small, segment.stream), [])
-        before: Block | None = None
+        before, address = None, segment.address
         for size, is_used in segment.blocks:
-            block = Block(self._end, size, free, before, None)
+            block = Block(address, size, free, before, None)
             if before is not None:
                 before.after = block
             before = block
-            self._end += size
+            address += size
             if is_used:
                 self.in_use.append(block)
             else:

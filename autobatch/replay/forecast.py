@@ -62,7 +62,7 @@ def forecast(scaling: Scaling, capacity_bytes: int, *, smallest: int = 1, fitted
         return both, alone
 
     most, alone = largest(most, False)
-    least = largest(most, True)[0] if scaling.uncertain else most
+    least = largest(most, True)[0] if scaling.uncertain or scaling.squares else most
     return Forecast(least, most, alone)
 
 

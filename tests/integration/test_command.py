@@ -86,6 +86,20 @@ def test_what_a_command_allocates_is_recorded_from_its_first_forward_pass(log):
     assert 0.97 * 4000 <= found.most <= 1.1 * 4000
 
 
+def test_a_step_that_is_compiled_whole_is_left_alone(log):
+    """What the compiler sees must not hold hooks of ours."""
+    code = (
+        "import sys, torch; n = int(sys.argv[1]); model = torch.nn.Linear(64, 1).cuda()\n"
+        "optimizer = torch.optim.SGD(model.parameters(), lr=0.1)\n"
+        "@torch.compile(backend='eager', fullgraph=True)\n"
+        "def loss_of(x): return model(x).square().mean()\n"
+        "for _ in range(20):\n"
+        "    loss_of(torch.randn(n, 64, device='cuda')).backward(); optimizer.step(); optimizer.zero_grad()"
+    )
+    (done,) = recorded([*CODE, code, "{batch_size}"], log, 64)
+    assert done.trial.fits
+
+
 def test_a_history_that_the_command_keeps_itself_is_left_to_it(log):
     code = (
         "import sys, torch; torch.zeros(1, device='cuda')\n"

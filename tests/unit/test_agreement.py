@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from array import array
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +19,8 @@ from autobatch.probe.executor import Setting
 from autobatch.probe.processes.errors import StrandedError
 from autobatch.probe.trial import Attempt, TrialRequest
 from autobatch.probe.workload.data import Extent
+from autobatch.replay.forecast import Forecast
+from autobatch.replay.trace import Trace
 from autobatch.result import Measurement, Outcome, Trial
 from autobatch.testing import FakeDevice
 
@@ -85,6 +88,25 @@ def attempts(*each: Attempt | BaseException) -> list[Any]:
         return lambda agreement: agreement.attempt(REQUEST, run)
 
     return together(*map(asker, each))
+
+
+TRACE = Trace(segments=(), events=array("q"), sizes=array("q"), streams=array("q"), steps=())
+
+
+def test_a_trial_counts_as_recorded_where_all_ranks_have_recorded_it() -> None:
+    """Each keeps its own record; ranks that did not know the same would go different ways."""
+    all_of_them = attempts(Attempt(trial=trial(), trace=TRACE), Attempt(trial=trial(), trace=TRACE))
+    assert [attempt.trace for attempt in all_of_them] == [TRACE, TRACE]
+    one = attempts(Attempt(trial=trial(), trace=TRACE), Attempt(trial=trial()))
+    assert [attempt.trace for attempt in one] == [None, None]
+
+
+def test_of_several_forecasts_the_least_counts() -> None:
+    own = [Forecast(90, 100, 110), Forecast(95, 97, 120), Forecast(92, 99, 105)]
+    told = together(*(lambda agreement, mine=mine: agreement.forecast(mine) for mine in own))
+    assert told == [Forecast(90, 97, 105)] * 3
+    assert together(lambda a: a.forecast(own[0]), lambda a: a.forecast(None)) == [None, None]
+    assert Agreement().forecast(own[0]) == own[0]
 
 
 def test_alone_everything_is_as_it_says_itself() -> None:

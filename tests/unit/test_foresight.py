@@ -26,7 +26,7 @@ def attempt(n: int, outcome: Outcome = Outcome.FITS, recorded: Trace | None = No
 
 
 def recorded(*attempts: Attempt, capacity_bytes: int | None = GIB) -> Recorded:
-    found = Recorded(capacity_bytes, lambda own: own)
+    found = Recorded(capacity_bytes, 3, lambda own: own)
     for each in attempts:
         found.learn(each)
     return found
@@ -53,7 +53,7 @@ def test_without_a_capacity_nothing_is_foretold() -> None:
 
 
 def test_a_trial_that_was_not_recorded_tells_nothing() -> None:
-    found = Recorded(GIB, lambda own: own)
+    found = Recorded(GIB, 3, lambda own: own)
     found.learn(Attempt(trial=Trial(batch_size=1, outcome=Outcome.FITS)))
     assert not found.has(1)
 
@@ -71,7 +71,7 @@ def test_one_that_ran_and_did_not_fit_tells_what_is_below_it(outcome: Outcome) -
 
 
 def test_ranks_take_what_they_agree_on() -> None:
-    found = Recorded(GIB, lambda own: None if own is None else Forecast(50, 60, 55))
+    found = Recorded(GIB, 3, lambda own: None if own is None else Forecast(50, 60, 55))
     for each in (attempt(1), attempt(3)):
         found.learn(each)
     assert found.forecast(3) == Forecast(50, 60, 55)

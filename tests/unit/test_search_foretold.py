@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from autobatch.errors import DoesNotFitError
 from autobatch.probe.search import search
 from autobatch.probe.search.rounding import Rounding
 from autobatch.replay.forecast import Forecast
+from autobatch.result import Outcome
 from tests.unit.test_search import CAPACITY, Oracle, affine, confirmed, odd_oracles, plain_cost, up_to
 
 
@@ -177,6 +179,32 @@ def test_lies_upon_lies_end_with_a_size_that_was_run(
     )
     assert oracle.trials[answer.batch_size].fits
     assert cap is None or max(oracle.trials) <= cap
+
+
+@pytest.mark.parametrize("off", [1.3, 3, 1000])
+@pytest.mark.parametrize("limit", [40, 5000])
+def test_avoid_oom_believes_no_forecast_that_has_failed(off: float, limit: int) -> None:
+    """One failure, and the peaks decide as where nothing is foretold."""
+    oracle = affine(limit, base=0.1)
+    answer = foretold(oracle, lambda size: int(off * limit), avoid_oom=True)
+    assert oracle.failures <= 1
+    assert answer.batch_size >= 0.8 * limit
+    assert len(oracle.trials) <= 16
+
+
+def test_a_guess_where_not_even_a_small_size_fits_asks_for_no_batch_of_none() -> None:
+    oracle = up_to(0)
+    with pytest.raises(DoesNotFitError):
+        foretold(oracle, lambda size: 5, first_guess=1)
+    assert list(oracle.trials) == [1]
+
+
+def test_what_ran_and_did_not_fit_is_taken_into_the_next_forecast() -> None:
+    """Between two sizes that ran the end is told better than beyond them."""
+    oracle = Oracle(lambda n: n <= 88, lambda n: (10**9 * n, 10**9 * n), failure=Outcome.THRASHED)
+    answer = foretold(oracle, lambda size: 88 if 100 in oracle.trials else 100)
+    assert answer.batch_size == 88
+    assert list(oracle.trials) == [1, 3, 100, 88, 89]
 
 
 @given(limit=st.integers(1, 5000), off=st.floats(0.97, 1.01))

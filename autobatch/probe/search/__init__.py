@@ -73,7 +73,8 @@ def search(
         multiple_of: which sizes are permitted, see :class:`~autobatch.probe.search.rounding.Rounding`.
         growth: factor from one size to the next while the peaks say nothing; a jump that they support may be longer.
         capacity_bytes: what the workload can have in all. Without it peaks are not used.
-        first_guess: a size to ask in place of ``start`` because the answer is expected there.
+        first_guess: a size to ask in place of ``start`` because the answer is expected there; with ``foresight`` the
+            first is a small one, from which allocations are told.
         avoid_oom: approach from below and stop where the peaks do not promise that more fits.
         ceiling: with ``avoid_oom``, a size above which nothing is asked, because more is expected to fail.
         time_limit_s: after this many seconds no more is asked once a size is known to fit.
@@ -142,7 +143,7 @@ def _begin(bracket: Bracket, first_guess: int | None, *, is_foretold: bool) -> N
     guess = bracket.rank(first_guess)
     if is_foretold:
         bracket.try_rank(min(max(bracket.start, 2), max(1, guess)))
-        if bracket.is_recorded or not bracket.low < guess:
+        if bracket.is_recorded or not 0 < bracket.low < guess:
             return
     bracket.try_rank(guess)
 

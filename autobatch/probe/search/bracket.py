@@ -60,8 +60,8 @@ class Bracket:
     failure: Trial | None = None
     """Why ``high`` does not fit."""
     notes: list[str] = field(default_factory=list)
-    _forecasts: dict[int, Forecast | None] = field(default_factory=dict)
-    """By the rank from which they were made."""
+    _forecasts: dict[tuple[int, int | None], Forecast | None] = field(default_factory=dict)
+    """By the ranks between which they were made."""
     _allowance: int | None = None
     """The budget where the first answer was a failure, so that there is no growth to compare with."""
 
@@ -110,9 +110,10 @@ class Bracket:
         """Where memory ends by a replay of what the trials have allocated, seen from the largest that fitted."""
         if not self.is_recorded or self.foresight is None:
             return None
-        if self.low not in self._forecasts:
-            self._forecasts[self.low] = self.foresight.forecast(self.size)
-        return self._forecasts[self.low]
+        seen = (self.low, self.high)  # what ran above and did not fit tells as well
+        if seen not in self._forecasts:
+            self._forecasts[seen] = self.foresight.forecast(self.size)
+        return self._forecasts[seen]
 
     def rank(self, size: float) -> int:
         """The rank of the largest permitted size not above ``size``."""

@@ -9,12 +9,13 @@ _PART = 0.7  # of the way to the aim that one step goes from afar
 _NEARBY = 1.5  # at most this many times the size, the end is seen from nearby
 _PROMISED = 0.96  # the part of an aim seen from nearby that fits
 _FORETOLD, _FROM_AFAR = 0.98, 0.8  # the parts of what a replay foretells that fit, seen from nearby and from afar
+_LONGEST_STEP = 5  # growth to this power: on a long way the forecast is made again
 _GAIN = 100  # a step that gains less than this part of the size is not worth its trial
 
 
 def creep(bracket: Bracket, ceiling: float) -> None:
     """Invariant: every size asked is one that the peaks promise to fit: up to a little below the aim, once it is near,
-    or below what a replay of the trials foretells.
+    or below what a replay of the trials foretells. What is foretold counts as long as nothing has failed.
 
     Where the allocator gives cached memory back the aim moves on. How far it can go on no peak tells: so the lowest
     aim that was seen from nearby counts.
@@ -24,8 +25,9 @@ def creep(bracket: Bracket, ceiling: float) -> None:
     aim_ceiling = ceiling
     while bracket.low and not bracket.done and bracket.aim is not None:
         size, aim, forecast = bracket.size, bracket.aim, bracket.forecast
-        if forecast is not None and forecast.is_sure:
-            rank = bracket.rank(min(_short_of(forecast, size), ceiling))
+        if forecast is not None and forecast.is_sure and bracket.high is None:
+            farthest = size * bracket.growth**_LONGEST_STEP
+            rank = bracket.rank(min(_short_of(forecast, size), ceiling, farthest))
         elif bracket.is_above(aim):
             return
         else:

@@ -1,0 +1,89 @@
+"""What a search asks of the place where it runs: how many steps, behind which batches, recorded or not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from autobatch.probe.executor import Setting
+from autobatch.probe.foresight import Recorded
+from autobatch.probe.inquiry import Inquiry
+from autobatch.probe.trial import Attempt, TrialRequest
+from autobatch.replay.forecast import MORE_STEPS, Forecast
+from autobatch.result import Outcome, Trial
+
+
+class Place:
+    """Everything fits, and every request is kept."""
+
+    where = "nowhere"
+    begins_small = True
+
+    def __init__(self) -> None:
+        self.requests: list[TrialRequest] = []
+
+    def run(self, request: TrialRequest) -> Attempt:
+        self.requests.append(request)
+        return Attempt(trial=Trial(batch_size=request.batch_size, outcome=Outcome.FITS))
+
+
+@pytest.fixture
+def inquiry() -> Inquiry:
+    place: Any = Place()
+    setting = Setting(budget_bytes=100, held_bytes=0, mode="train", name="")
+    return Inquiry(
+        executor=place,
+        setting=setting,
+        first_size=1,
+        steps=3,
+        shuffles=0,
+        fresh=1,
+        capacity_bytes=100,
+        least_capacity_bytes=100,
+        is_restricted=True,
+        on_trial=None,
+    )
+
+
+def asked(inquiry: Inquiry, size: int, foretold: Forecast | None) -> TrialRequest:
+    """The request for ``size`` after batches of 1 and 50 have fitted and that was foretold."""
+    inquiry.foresight = Recorded(100, 3, lambda own: foretold)
+    for known in (1, 50):
+        inquiry._ask(known, "train")
+    inquiry.foresight.forecast(50)
+    inquiry._ask(size, "train")
+    return inquiry.executor.requests[-1]  # type: ignore[attr-defined, no-any-return]
+
+
+def test_as_long_as_it_should_fit_a_trial_is_plain_and_recorded(inquiry: Inquiry) -> None:
+    request = asked(inquiry, 60, Forecast(60, 60, 70))
+    assert (request.steps, request.sizes_before, request.records) == (3, (), True)
+
+
+def test_what_should_fail_behind_small_batches_alone_is_asked_there(inquiry: Inquiry) -> None:
+    request = asked(inquiry, 61, Forecast(60, 60, 70))
+    assert (request.steps, request.sizes_before, request.records) == (3 + MORE_STEPS, (1, 1), False)
+
+
+def test_what_should_fail_by_itself_runs_as_long_as_it_was_foretold(inquiry: Inquiry) -> None:
+    request = asked(inquiry, 71, Forecast(60, 60, 70))
+    assert (request.steps, request.sizes_before, request.records) == (3 + MORE_STEPS, (), True)
+
+
+def test_where_no_small_batches_can_come_before_none_do(inquiry: Inquiry) -> None:
+    inquiry.executor.begins_small = False
+    assert asked(inquiry, 61, Forecast(60, 60, 70)).sizes_before == ()
+
+
+@pytest.mark.parametrize("foretold", [None, Forecast(40, 60, 70), Forecast(45, 45, 45)])
+def test_a_forecast_that_is_unsure_or_was_wrong_changes_nothing(inquiry: Inquiry, foretold: Forecast | None) -> None:
+    """A batch of 50 has fitted where 45 were foretold."""
+    request = asked(inquiry, 61, foretold)
+    assert (request.steps, request.sizes_before, request.records) == (3, (), True)
+
+
+def test_without_recordings_a_trial_is_plain(inquiry: Inquiry) -> None:
+    inquiry._ask(7, "train")
+    request: TrialRequest = inquiry.executor.requests[-1]  # type: ignore[attr-defined]
+    assert (request.steps, request.sizes_before, request.records) == (3, (), False)
