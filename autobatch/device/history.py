@@ -10,7 +10,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-_MOST_ENTRIES = 200_000  # longer runs are not recorded: replaying one some thirty times would take too long
+_MOST_ENTRIES = 120_000  # longer runs are not recorded: replaying one some thirty times would take too long
 _TELLING, _TOLD = ("alloc", "free_completed"), ("action", "addr", "size", "stream")
 _DEFAULTS = {"expandable_segments": False, "garbage_collection_threshold": 0.0, "max_split_size": -1}
 _HARMLESS = (
@@ -30,7 +30,7 @@ class History:
     def __init__(self, torch: Any, index: int) -> None:
         self._torch, self.index = torch, index
         self._before = self._of_this_gpu(torch.cuda.memory_snapshot())
-        self._allocations_before = self._allocations()
+        self._allocations_before, self._retries_before = self._allocations(), self._count("num_alloc_retries")
         self._steps: list[int] = []
 
     def step_ended(self) -> None:
@@ -53,6 +53,9 @@ class History:
             told = [[entry[name] for name in _TOLD] for entry in entries if entry["action"] in _TELLING]
             if self._steps and self._steps[-1] != sum(action == "alloc" for action, *_ in told):
                 return None  # somebody has begun anew amid the steps
+            gave_back = any(entry["action"] == "segment_free" for entry in entries)
+            if gave_back and self._count("num_alloc_retries") == self._retries_before:
+                return None  # the run empties the cache itself, which no list of allocations tells
             return {"before": self._before, "entries": told, "steps": self._steps}
         except Exception:  # noqa: BLE001 - a private function may fail in any way, and the run has not
             return None
@@ -65,7 +68,10 @@ class History:
         return [segment for segment in segments if segment["device"] == self.index]
 
     def _allocations(self) -> int:
-        return int(self._torch.cuda.memory_stats(self.index).get("allocation.all.allocated", -1))
+        return self._count("allocation.all.allocated")
+
+    def _count(self, name: str) -> int:
+        return int(self._torch.cuda.memory_stats(self.index)[name])
 
 
 def begin(torch: Any, index: int) -> History | None:

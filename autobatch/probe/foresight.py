@@ -26,7 +26,7 @@ class Recorded:
         self, capacity_bytes: int | None, steps: int, agree: Callable[[Forecast | None], Forecast | None]
     ) -> None:
         self._capacity_bytes, self._steps, self._agree = capacity_bytes, steps, agree
-        self._fitted = 0
+        self._fitted, self._gave_up = 0, False
         self._traces: dict[int, Trace] = {}
         self._refused: dict[int, Trace] = {}
         self._foretold: Forecast | None = None
@@ -48,10 +48,11 @@ class Recorded:
         """Where memory ends: by the largest trial of at most ``size`` that was recorded, and the next larger one that
         ran but did not fit, between which it ends; or if there is none, by the next smaller one.
         """
+        own = None
         try:
-            own = self._own_forecast(size)
+            own = None if self._gave_up else self._own_forecast(size)
         except Exception:  # noqa: BLE001 - advice that cannot be had is no error of the caller's, nor of other ranks'
-            own = None
+            self._gave_up = True
         self._foretold = self._agree(own)
         return self._foretold
 

@@ -11,6 +11,7 @@ from autobatch.replay.trace import ALLOCATES, Trace
 
 _TOO_FAR = 2**24  # a batch so large is no forecast
 _SURE = 0.97
+_MOST_EVENTS = 2_500_000  # what one forecast may replay: some two seconds
 MORE_STEPS = 5  # behind those that were recorded: some sizes run out in a later step
 
 
@@ -30,6 +31,10 @@ class Forecast:
         return self.least >= _SURE * self.most
 
 
+class TooLongError(Exception):
+    """A forecast would take longer than trials do."""
+
+
 def forecast(scaling: Scaling, capacity_bytes: int, *, smallest: int = 1, fitted: int | None = None) -> Forecast | None:
     """Where ``capacity_bytes`` end, for training that begins with such a batch and for training that begins with a
     small one. None where no end is seen.
@@ -39,30 +44,39 @@ def forecast(scaling: Scaling, capacity_bytes: int, *, smallest: int = 1, fitted
         capacity_bytes: what the allocator may take from the driver.
         smallest: a small batch, as the last of an epoch may be one.
         fitted: for a ``scaling`` of a batch that ran and did not fit, a smaller one that did.
+
+    Raises:
+        TooLongError: if there are too many events to replay.
     """
-    known = scaling.size if fitted is None else fitted
+    known, left = scaling.size if fitted is None else fitted, _MOST_EVENTS
 
-    def gets_through(n: int) -> bool:
-        return replay(scaling.trace, scaling.sizes(n), capacity_bytes)
+    def gets_through(trace: Trace, sizes: Sequence[int]) -> bool:
+        nonlocal left
+        left -= len(trace.events)
+        if left < 0:
+            raise TooLongError
+        return replay(trace, sizes, capacity_bytes)
 
-    most = _grown(gets_through, known) if fitted is None else _shrunk(gets_through, scaling.size - 1, known)
+    def as_recorded(n: int) -> bool:
+        return gets_through(scaling.trace, scaling.sizes(n))
+
+    most = _grown(as_recorded, known) if fitted is None else _shrunk(as_recorded, scaling.size - 1, known)
     if most is None:
         return None
     longer = scaling.prolonged(MORE_STEPS)
     first = longer.trace.steps[1] if len(longer.trace.steps) > 3 else 0
     small = longer.sizes(smallest)[:first]
 
-    def survives(n: int, at_worst: bool, begins_small: bool) -> bool:
-        sizes = longer.sizes(n, at_worst=at_worst)
-        return replay(longer.trace, [*small, *sizes[first:]] if begins_small else sizes, capacity_bytes)
+    def by_itself(n: int) -> bool:
+        return gets_through(longer.trace, longer.sizes(n))
 
-    def largest(at_most: int, at_worst: bool) -> tuple[int, int]:
-        alone = _shrunk(lambda n: survives(n, at_worst, False), at_most, known)
-        both = _shrunk(lambda n: survives(n, at_worst, True) and survives(n, at_worst, False), alone, known)
-        return both, alone
+    def behind_small(n: int) -> bool:
+        return gets_through(longer.trace, [*small, *longer.sizes(n)[first:]]) and by_itself(n)
 
-    most, alone = largest(most, False)
-    least = largest(most, True)[0] if scaling.uncertain or scaling.squares else most
+    alone = _shrunk(by_itself, most, known)
+    most = least = _shrunk(behind_small, alone, known)
+    if scaling.uncertain or scaling.squares:
+        least = _shrunk(lambda n: gets_through(scaling.trace, scaling.sizes(n, at_worst=True)), most, known)
     return Forecast(least, most, alone)
 
 

@@ -9,7 +9,7 @@ from autobatch.replay.trace import Trace
 
 _IN_A_ROW = 6  # so many allocations one after the other that go together are taken to be the same ones
 _FARTHEST = 60  # allocations that are looked past for such a row, in both lists together
-_MOST_MISSING = 2000  # allocations without a counterpart: more, and the two runs are not alike
+_MOST_MISSING = 600  # allocations without a counterpart: more, and the two runs are not alike
 _ROUNDED = 1 / 1000  # the part by which a size may be rounded and still be in proportion
 _SLACK = 512  # bytes by which a size may be off and still lie between fixed and in proportion: a few counters and seeds
 

@@ -200,6 +200,15 @@ def test_a_history_that_begins_amid_the_steps_is_not_taken_for_ours() -> None:
     assert not torch._C._cuda_isHistoryEnabled()
 
 
+def test_a_run_that_empties_the_cache_itself_is_not_foretold() -> None:
+    with recording(0) as history:
+        assert history is not None
+        torch.zeros(1000, device=DEVICE)
+        torch.cuda.empty_cache()
+        history.step_ended()
+        assert history.trace() is None
+
+
 def test_a_torch_that_tells_otherwise_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     """And nothing stays switched on."""
     monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: [{}])

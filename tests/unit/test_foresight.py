@@ -76,3 +76,11 @@ def test_ranks_take_what_they_agree_on() -> None:
         found.learn(each)
     assert found.forecast(3) == Forecast(50, 60, 55)
     assert not found.expects_failure(70)  # it is not sure
+
+
+def test_what_would_take_too_long_is_given_up_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autobatch.replay.forecast._MOST_EVENTS", 50)
+    found = recorded(attempt(1), attempt(3))
+    assert found.forecast(3) is None
+    monkeypatch.undo()
+    assert found.forecast(3) is None
