@@ -123,7 +123,7 @@ def test_what_is_foretold_is_rounded_down() -> None:
     assert len(oracle.trials) == 4
 
 
-@settings(max_examples=400)
+@settings(max_examples=400, deadline=None)
 @given(
     oracle=odd_oracles(),
     seed=st.integers(0, 10**9),
@@ -160,7 +160,7 @@ def test_whatever_is_foretold_the_answer_is_the_limit_and_trials_are_bounded(
         assert len(oracle.trials) <= plain_cost(best) + 2
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(
     answers=st.lists(st.booleans(), min_size=1, max_size=40),
     said=st.lists(st.integers(1, 10**6), min_size=1, max_size=40),
@@ -207,6 +207,7 @@ def test_what_ran_and_did_not_fit_is_taken_into_the_next_forecast() -> None:
     assert list(oracle.trials) == [1, 3, 100, 88, 89]
 
 
+@settings(deadline=None)
 @given(limit=st.integers(1, 5000), off=st.floats(0.97, 1.01))
 def test_avoid_oom_stays_a_little_below_what_is_foretold(limit: int, off: float) -> None:
     """Without a failure, even if it is foretold a hundredth too high, and near enough if it is right."""
