@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
+from autobatch.errors import AutobatchWarning
 from autobatch.probe.trial import Attempt
-from autobatch.replay.forecast import Forecast, forecast
+from autobatch.replay.forecast import Forecast, TooLongError, forecast
 from autobatch.replay.scaling import scaling
 from autobatch.replay.trace import Trace
 
@@ -51,8 +53,12 @@ class Recorded:
         own = None
         try:
             own = None if self._gave_up else self._own_forecast(size)
-        except Exception:  # noqa: BLE001 - advice that cannot be had is no error of the caller's, nor of other ranks'
+        except TooLongError:
             self._gave_up = True
+        except Exception as exc:  # noqa: BLE001 - advice that cannot be had is no error of the caller's or other ranks'
+            self._gave_up = True
+            said = f"what the trials allocated could not be replayed ({type(exc).__name__}: {exc}); the search goes on"
+            warnings.warn(said, AutobatchWarning, stacklevel=2)
         self._foretold = self._agree(own)
         return self._foretold
 

@@ -10,7 +10,7 @@ from autobatch.replay.scaling import Scaling
 from autobatch.replay.trace import ALLOCATES, Trace
 
 _TOO_FAR = 2**24  # a batch so large is no forecast
-_SURE = 0.97
+_SURE = 0.97  # the least of a forecast is this part of the most, or more: then there is no need to learn first
 _MOST_EVENTS = 2_500_000  # what one forecast may replay: some two seconds
 MORE_STEPS = 5  # behind those that were recorded: some sizes run out in a later step
 

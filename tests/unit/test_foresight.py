@@ -6,6 +6,7 @@ from array import array
 
 import pytest
 
+from autobatch.errors import AutobatchWarning
 from autobatch.probe.foresight import Recorded
 from autobatch.probe.trial import Attempt
 from autobatch.replay.forecast import Forecast
@@ -82,5 +83,19 @@ def test_what_would_take_too_long_is_given_up_for_good(monkeypatch: pytest.Monke
     monkeypatch.setattr("autobatch.replay.forecast._MOST_EVENTS", 50)
     found = recorded(attempt(1), attempt(3))
     assert found.forecast(3) is None
+    monkeypatch.undo()
+    assert found.forecast(3) is None
+
+
+def test_a_replay_that_fails_is_told_and_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is ours, and no error of the search's."""
+
+    def fail(*args: object, **options: object) -> None:
+        raise ZeroDivisionError("of ours")
+
+    monkeypatch.setattr("autobatch.probe.foresight.forecast", fail)
+    found = recorded(attempt(1), attempt(3))
+    with pytest.warns(AutobatchWarning, match="ZeroDivisionError: of ours"):
+        assert found.forecast(3) is None
     monkeypatch.undo()
     assert found.forecast(3) is None
