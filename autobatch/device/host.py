@@ -12,18 +12,20 @@ import mmap
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import psutil
 
-from autobatch.device import process
-from autobatch.device.base import DeviceInfo, Isolation
+from autobatch.device import host_history, process
+from autobatch.device.base import DeviceInfo, Isolation, Recording
 from autobatch.errors import DeviceError
 from autobatch.result import Measurement
-from autobatch.units import KIB, format_bytes
+from autobatch.units import KIB, MIB, format_bytes
+
+_RECORDER_AT_MOST_BYTES = 64 * MIB  # what a recorder may take to begin with: a thread, with its stack
 
 SHARE_OF_AVAILABLE = 0.8
 """The default budget is this share of what is available: others on the machine grow too."""
@@ -76,7 +78,7 @@ class HostDevice:
     def __init__(self, *, memory_limit_bytes: int | None = None, shares: int = 1) -> None:
         self._memory_limit_bytes, self._shares = memory_limit_bytes, shares
         self._old_peak_bytes = self._old_space_bytes = self._holes_bytes = 0
-        self._marks_peaks = True
+        self._marks_peaks, self._is_restricted = True, False
 
     def shared_by(self, processes: int) -> HostDevice:
         """This memory for one of so many processes, each with an equal part unless a limit says what it may have."""
@@ -136,7 +138,7 @@ class HostDevice:
             yield True
             return
         resource = _resource_module()
-        idle_bytes, outer_holes_bytes = self._baseline.data_bytes, self._holes_bytes
+        idle_bytes, outer = self._baseline.data_bytes, (self._holes_bytes, self._is_restricted)
         self.release()
         holes_bytes = process.holes_bytes(min(limits)) if self._marks_peaks else 0
         data_bytes = idle_bytes + holes_bytes + min(limits)
@@ -145,11 +147,11 @@ class HostDevice:
             data_bytes = min(data_bytes, soft)
         resource.setrlimit(resource.RLIMIT_DATA, (data_bytes, hard))
         try:
-            self._holes_bytes = holes_bytes
+            self._holes_bytes, self._is_restricted = holes_bytes, True
             _check_limit(data_bytes)
             yield not holes_bytes
         finally:
-            self._holes_bytes = outer_holes_bytes
+            self._holes_bytes, self._is_restricted = outer
             resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
     def synchronize(self) -> None:
@@ -173,9 +175,20 @@ class HostDevice:
     def streams(self) -> None:
         """Unknown: there are none."""
 
-    def recording(self) -> AbstractContextManager[None]:
-        """None: malloc keeps no history."""
-        return nullcontext()
+    @contextmanager
+    def recording(self) -> Iterator[Recording | None]:
+        """Records inside what torch allocates. The thread that the profiler starts for it is none of the workload's."""
+        before_bytes = process.status_bytes().get("VmData", 0)
+        _move_limit(_RECORDER_AT_MOST_BYTES)
+        with host_history.recording(importlib.import_module("torch")) as recording:
+            own_bytes = max(0, process.status_bytes().get("VmData", 0) - before_bytes)
+            _move_limit(own_bytes - _RECORDER_AT_MOST_BYTES)
+            self._baseline = self._baseline._replace(data_bytes=self._baseline.data_bytes + own_bytes)
+            try:
+                yield recording
+            finally:
+                if not self._is_restricted:  # else that ends with :meth:`restrict`, when peaks have been measured
+                    _move_limit(-own_bytes)
 
     def measure(self) -> Measurement:
         memory = psutil.virtual_memory()
@@ -237,6 +250,18 @@ def _soft_limit_bytes() -> int | None:
         return None
     soft: int = resource.getrlimit(resource.RLIMIT_DATA)[0]
     return None if soft == resource.RLIM_INFINITY else soft
+
+
+def _move_limit(by_bytes: int) -> None:
+    """Moves the limit on private data that is in force, if there is one."""
+    soft_bytes = _soft_limit_bytes()
+    if soft_bytes is not None:
+        resource = _resource_module()
+        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        wanted = soft_bytes + by_bytes
+        resource.setrlimit(
+            resource.RLIMIT_DATA, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)
+        )
 
 
 def _check_limit(data_bytes: int) -> None:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 
 from autobatch.errors import AutobatchWarning
 from autobatch.probe.trial import Attempt
-from autobatch.replay.forecast import Forecast, TooLongError, forecast
-from autobatch.replay.scaling import scaling
+from autobatch.replay.forecast import MORE_STEPS, Forecast, TooLongError, forecast, peak_reserved_bytes
+from autobatch.replay.scaling import Scaling, scaling
 from autobatch.replay.trace import Trace
 
-RECORDABLE = ("cuda", "rocm")
-"""The kinds of device whose allocator keeps a history."""
+RECORDABLE = ("cuda", "rocm", "cpu")
+"""The kinds of device of whose allocations there is a history."""
+
+
+_AFAR = 8  # so many times a size, what a process has beside tensors may be more than it was there
 
 
 class Recorded:
@@ -31,6 +35,7 @@ class Recorded:
         self._fitted, self._gave_up = 0, False
         self._traces: dict[int, Trace] = {}
         self._refused: dict[int, Trace] = {}
+        self._peaks_bytes: dict[int, int] = {}
         self._foretold: Forecast | None = None
 
     def learn(self, attempt: Attempt) -> None:
@@ -38,9 +43,17 @@ class Recorded:
         trial = attempt.trial
         if trial.fits:
             self._fitted = max(self._fitted, trial.batch_size)
+            measured = trial.measurement
+            if measured is not None and (peak_bytes := measured.peak_reserved_bytes or measured.peak_allocated_bytes):
+                self._peaks_bytes[trial.batch_size] = peak_bytes
         if attempt.trace is not None:
             traces = self._traces if trial.fits else self._refused
             traces[trial.batch_size] = attempt.trace.shortened(self._steps)
+
+    def wants(self) -> bool:
+        """Whether another trial should be recorded. On the host, where recording takes some of the memory that is
+        tried, only until a forecast is sure."""
+        return not self._is_of_host or self._foretold is None or not self._foretold.is_sure
 
     def has(self, size: int) -> bool:
         """Whether a trial of ``size`` or a smaller one was recorded."""
@@ -70,16 +83,35 @@ class Recorded:
         refused = min((other for other in self._refused if other > size), default=None)
         if refused is not None:
             seen = scaling(self._traces[larger], larger, self._refused[refused], refused)
-            return forecast(seen, self._capacity_bytes, smallest=smallest, fitted=size)
+            return forecast(seen, self._capacity_bytes - self._beside_bytes(seen), smallest=smallest, fitted=size)
         if len(recorded) < 2:
             return None
         seen = scaling(self._traces[recorded[-2]], recorded[-2], self._traces[larger], larger)
-        return forecast(seen, self._capacity_bytes, smallest=smallest)
+        foretold = forecast(seen, self._capacity_bytes - self._beside_bytes(seen), smallest=smallest)
+        if foretold is None or not self._is_of_host:
+            return foretold
+        return replace(foretold, is_from_afar=_AFAR * max(self._peaks_bytes, default=larger) < foretold.least)
+
+    def _beside_bytes(self, seen: Scaling) -> int:
+        """What a process of the host takes beside torch's tensors, as the largest trial that fitted shows it. A GPU's
+        allocator, as it is modelled, has nothing beside them."""
+        largest = max(self._peaks_bytes, default=None)
+        if largest is None or not self._is_of_host:
+            return 0
+        return max(0, self._peaks_bytes[largest] - peak_reserved_bytes(seen.trace, seen.sizes(largest)))
+
+    @property
+    def _is_of_host(self) -> bool:
+        return any(trace.mapped_from_bytes is not None for trace in self._traces.values())
 
     def expects_failure(self, size: int) -> bool:
         """Whether the last forecast has it that ``size`` does not fit in one history or another, and was not wrong."""
         foretold = self._foretold
         return foretold is not None and foretold.is_sure and size > foretold.most >= self._fitted
+
+    def more_steps(self, size: int) -> int:
+        """How many more steps to run ``size``: a GPU that is expected to fail may do so in a later one."""
+        return MORE_STEPS if self.expects_failure(size) and not self._is_of_host else 0
 
     def expects_failure_behind_small(self, size: int) -> bool:
         """Whether it fails behind small batches alone."""

@@ -16,7 +16,7 @@ from autobatch.probe.foresight import Recorded
 from autobatch.probe.search import SearchAnswer
 from autobatch.probe.trial import Attempt, TrialRequest
 from autobatch.probe.workload.data import search_within
-from autobatch.replay.forecast import MORE_STEPS, Forecast
+from autobatch.replay.forecast import Forecast
 from autobatch.result import SHUFFLED, BatchSizeResult, Trial
 from autobatch.units import format_bytes
 
@@ -158,10 +158,10 @@ class Inquiry:
         before = () if self.trained is None else (self._small("train", self.trained),)
         if self.foresight is None:
             return self._request(size, mode, self.steps, before)
-        steps = self.steps + MORE_STEPS if self.foresight.expects_failure(size) else self.steps
+        steps = self.steps + self.foresight.more_steps(size)
         if self.executor.begins_small and self.foresight.expects_failure_behind_small(size):
             return self._request(size, mode, steps, (*before, *self._two_small(size, mode)))
-        return replace(self._request(size, mode, steps, before), records=True)
+        return replace(self._request(size, mode, steps, before), records=self.foresight.wants())
 
     def check(self, size: int, mode: str) -> Trial:
         """One trial of a remembered answer, as a fresh start."""

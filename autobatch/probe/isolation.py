@@ -72,6 +72,8 @@ class _WorkerExecutor:
         if self._worker is not None and self._worker.has_tried and requests and not self._anew:
             # The process that searched is a history of its own, while it is there.
             attempts.append(self.run(_after_search(requests[0])))
+        if self._anew:  # a heap with a past has less room: what fails mostly does behind other batches
+            requests = tuple(sorted(requests, key=lambda request: not request.sizes_before))
         for request in requests:
             if attempts and not attempts[-1].trial.fits:
                 break

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from autobatch.replay.allocator import Block, CachingAllocator, OutOfMemory
+from autobatch.replay.allocator import CachingAllocator, OutOfMemory
+from autobatch.replay.malloc import Malloc
 from autobatch.replay.scaling import Scaling
 from autobatch.replay.trace import ALLOCATES, Trace
 
+_NO_END = 2**62  # more bytes than there are
 _TOO_FAR = 2**24  # a batch so large is no forecast
 _SURE = 0.97  # the least of a forecast is this part of the most, or more: then there is no need to learn first
 _MOST_EVENTS = 2_500_000  # what one forecast may replay: some two seconds
@@ -24,6 +27,8 @@ class Forecast:
     most: int
     alone: int = 0
     """The largest that should fit as long as nothing smaller comes before it."""
+    is_from_afar: bool = False
+    """True where it depends on what a process has beside tensors, and that was seen from a much smaller batch."""
 
     @property
     def is_sure(self) -> bool:
@@ -112,22 +117,39 @@ def replay(trace: Trace, sizes: Sequence[int], capacity_bytes: int) -> bool:
     """Whether the allocator gets through with allocations of ``sizes``, and does not have to free and retry in both of
     the last two steps, which would be thrashing.
     """
-    allocator = CachingAllocator(capacity_bytes, trace.segments)
-    blocks: list[Block] = []
-    ends, retries = iter(trace.steps), list[int]()
-    end = next(ends, None)
     try:
-        for event in trace.events:
-            if event == ALLOCATES:
-                while len(blocks) == end:
-                    retries.append(allocator.retries)
-                    end = next(ends, None)
-                blocks.append(allocator.allocate(sizes[len(blocks)], trace.streams[len(blocks)]))
-            elif event >= 0:
-                allocator.release(blocks[event])
-            else:
-                allocator.release(allocator.in_use[ALLOCATES - 1 - event])
+        retries = _run(trace, sizes, _allocator(trace, capacity_bytes))
     except OutOfMemory:
         return False
-    retries.append(allocator.retries)
     return not (len(retries) > 2 and retries[-3] < retries[-2] < retries[-1])
+
+
+def peak_reserved_bytes(trace: Trace, sizes: Sequence[int]) -> int:
+    """The most that the allocator has from the system at once, with allocations of ``sizes`` and no end of memory."""
+    allocator = _allocator(trace, _NO_END)
+    _run(trace, sizes, allocator)
+    return allocator.peak_reserved_bytes
+
+
+def _allocator(trace: Trace, capacity_bytes: int) -> CachingAllocator | Malloc:
+    if trace.mapped_from_bytes is None:
+        return CachingAllocator(capacity_bytes, trace.segments)
+    return Malloc(capacity_bytes, trace.mapped_from_bytes)
+
+
+def _run(trace: Trace, sizes: Sequence[int], allocator: Any) -> list[int]:
+    """Gives the events to ``allocator``; how often it had had to free and retry at the end of each step."""
+    blocks: list[Any] = []
+    ends, retries = iter(trace.steps), list[int]()
+    end = next(ends, None)
+    for event in trace.events:
+        if event == ALLOCATES:
+            while len(blocks) == end:
+                retries.append(allocator.retries)
+                end = next(ends, None)
+            blocks.append(allocator.allocate(sizes[len(blocks)], trace.streams[len(blocks)]))
+        elif event >= 0:
+            allocator.release(blocks[event])
+        else:
+            allocator.release(allocator.in_use[ALLOCATES - 1 - event])
+    return [*retries, allocator.retries]

@@ -1,10 +1,10 @@
-"""What a training step asked of the caching allocator, in its order."""
+"""What a training step asked of the allocator, in its order."""
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 ALLOCATES = -1
@@ -36,6 +36,8 @@ class Trace:
     """On which stream."""
     steps: tuple[int, ...]
     """How many allocations there had been when each step ended."""
+    mapped_from_bytes: int | None = None
+    """For an allocation of the host: from how many bytes on malloc maps it by itself. None for one of a GPU."""
 
     def last_step(self) -> range:
         """The allocations of the last step."""
@@ -47,8 +49,8 @@ class Trace:
             return self
         count = self.steps[steps - 1]
         end = self._allocations()[count]
-        return Trace(
-            segments=self.segments,
+        return replace(
+            self,
             events=self.events[:end],
             sizes=self.sizes[:count],
             streams=self.streams[:count],
@@ -76,8 +78,8 @@ class Trace:
         for again in range(1, more + 1):
             shift = again * len(last)
             events.extend(e if e == ALLOCATES else e + shift for e in step if e == ALLOCATES or e >= former.start)
-        return Trace(
-            segments=self.segments,
+        return replace(
+            self,
             events=events,
             sizes=self.sizes + self.sizes[last.start :] * more,
             streams=self.streams + self.streams[last.start :] * more,
@@ -100,6 +102,7 @@ def trace_of(
     steps: Sequence[int],
     *,
     begins_empty: bool = False,
+    mapped_from_bytes: int | None = None,
 ) -> Trace:
     """The trace that torch's own records are.
 
@@ -110,6 +113,7 @@ def trace_of(
         steps: how many allocations there had been at the end of each step.
         begins_empty: for a beginning that holds a batch already, and so is another for each size. What is in use there
             is then allocated in the order of its addresses.
+        mapped_from_bytes: as a :class:`Trace` has it.
     """
     segments, in_use = list[Segment](), dict[int, int]()
     events, sizes, streams = array("q"), array("q"), array("q")
@@ -142,4 +146,11 @@ def trace_of(
         elif action == "free_completed" and (ended := in_use.pop(address, None)) is not None:
             events.append(ended)
     ends = tuple(first + count for count in steps)
-    return Trace(segments=tuple(segments), events=events, sizes=sizes, streams=streams, steps=ends)
+    return Trace(
+        segments=tuple(segments),
+        events=events,
+        sizes=sizes,
+        streams=streams,
+        steps=ends,
+        mapped_from_bytes=mapped_from_bytes,
+    )

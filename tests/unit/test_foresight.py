@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from array import array
+from dataclasses import replace
 
 import pytest
 
 from autobatch.errors import AutobatchWarning
 from autobatch.probe.foresight import Recorded
 from autobatch.probe.trial import Attempt
-from autobatch.replay.forecast import Forecast
+from autobatch.replay.forecast import MORE_STEPS, Forecast
 from autobatch.replay.trace import ALLOCATES, Trace
-from autobatch.result import Outcome, Trial
-from autobatch.units import GIB, MIB
+from autobatch.result import Measurement, Outcome, Trial
+from autobatch.units import GIB, KIB, MIB
 
 
 def trace(n: int, workspace_bytes: int = 0) -> Trace:
@@ -99,3 +100,42 @@ def test_a_replay_that_fails_is_told_and_given_up(monkeypatch: pytest.MonkeyPatc
         assert found.forecast(3) is None
     monkeypatch.undo()
     assert found.forecast(3) is None
+
+
+def of_host(n: int, peak_bytes: int | None = None, *, is_recorded: bool = True) -> Attempt:
+    """As :func:`trace`, on the host."""
+    seen = replace(trace(n, KIB), mapped_from_bytes=256 * KIB) if is_recorded else None
+    measured = Measurement(peak_allocated_bytes=None, peak_reserved_bytes=peak_bytes)
+    return Attempt(trial=Trial(batch_size=n, outcome=Outcome.FITS, measurement=measured), trace=seen)
+
+
+def test_on_the_host_what_a_process_has_beside_tensors_is_as_at_the_largest_trial() -> None:
+    found = recorded(of_host(1, 200 * MIB), of_host(3, 180 * MIB))
+    # 130 MiB are tensors of three samples, and 50 are others.
+    assert found.forecast(3) == Forecast(87, 87, 87, is_from_afar=True)
+    found.learn(of_host(40, 530 * MIB, is_recorded=False))
+    assert found.forecast(40) == Forecast(89, 89, 89)
+
+
+def test_on_the_host_peaks_that_are_not_known_say_nothing() -> None:
+    assert recorded(of_host(1), of_host(40)).forecast(40) == Forecast(92, 92, 92)
+
+
+def test_on_the_host_no_more_is_recorded_than_it_takes() -> None:
+    """It takes some of the memory that is tried; a GPU's does not."""
+    found = recorded(of_host(1))
+    assert found.wants()
+    found.learn(of_host(3))
+    found.forecast(3)
+    assert not found.wants()
+    on_a_gpu = recorded(attempt(1), attempt(3))
+    on_a_gpu.forecast(3)
+    assert on_a_gpu.wants()
+
+
+def test_a_size_that_a_gpu_is_foretold_to_fail_at_is_run_longer() -> None:
+    on_a_gpu, on_the_host = recorded(attempt(1), attempt(3)), recorded(of_host(1), of_host(3))
+    for found in (on_a_gpu, on_the_host):
+        found.forecast(3)
+    assert [on_a_gpu.more_steps(size) for size in (92, 93)] == [0, MORE_STEPS]
+    assert [on_the_host.more_steps(size) for size in (92, 93)] == [0, 0]

@@ -8,13 +8,15 @@ from __future__ import annotations
 import pickle
 import random
 from array import array
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autobatch.replay.allocator import CachingAllocator, OutOfMemory
-from autobatch.replay.forecast import forecast, replay
+from autobatch.replay.forecast import forecast, peak_reserved_bytes, replay
+from autobatch.replay.malloc import Malloc
 from autobatch.replay.scaling import scaling
 from autobatch.replay.trace import ALLOCATES, Segment, Trace, trace_of
 from autobatch.units import GIB, KIB, MIB
@@ -214,6 +216,47 @@ def test_whatever_the_lifetimes_nothing_is_released_twice(seed: int) -> None:
     sizes, streams = array("q", [MIB] * count), array("q", [0] * count)
     trace = Trace(segments=(), events=events, sizes=sizes, streams=streams, steps=tuple(steps)).prolonged(4)
     assert replay(trace, trace.sizes, GIB)  # which raises ValueError
+
+
+# malloc
+
+
+def test_what_is_large_is_mapped_and_gone_when_it_ends() -> None:
+    malloc = Malloc(GIB, mapped_from_bytes=256 * KIB)
+    chunk = malloc.allocate(MIB, stream=0)
+    assert malloc.peak_reserved_bytes == MIB + 4 * KIB  # what malloc writes before it takes another page
+    malloc.release(chunk)
+    malloc.allocate(2 * MIB, stream=0)
+    assert malloc.peak_reserved_bytes == 2 * MIB + 4 * KIB
+
+
+def test_a_heap_keeps_what_it_has_had() -> None:
+    malloc = Malloc(GIB, mapped_from_bytes=256 * KIB)
+    chunks = [malloc.allocate(100 * KIB, stream=0) for _ in range(10)]
+    assert MIB * 0.97 < (had := malloc.peak_reserved_bytes) < MIB
+    for chunk in chunks:
+        malloc.release(chunk)
+    malloc.allocate(100 * KIB, stream=0)
+    assert malloc.peak_reserved_bytes == had
+    malloc.allocate(MIB, stream=0)
+    assert malloc.peak_reserved_bytes == had + MIB + 4 * KIB
+
+
+def test_heap_and_mappings_share_the_memory() -> None:
+    malloc = Malloc(3 * MIB, mapped_from_bytes=256 * KIB)
+    malloc.allocate(200 * KIB, stream=0)
+    malloc.allocate(2 * MIB, stream=0)
+    with pytest.raises(OutOfMemory):
+        malloc.allocate(MIB, stream=0)
+
+
+def test_steps_of_the_host_are_replayed_by_malloc_s_rules() -> None:
+    step = [("weights", 10 * MIB), ("batch", MIB), ("weights", 0), ("batch", 0)]
+    trace = replace(traced([step, step]), mapped_from_bytes=256 * KIB)
+    assert peak_reserved_bytes(trace, trace.sizes) == 11 * MIB + 8 * KIB
+    assert replay(trace, trace.sizes, 11 * MIB + 8 * KIB)
+    assert not replay(trace, trace.sizes, 11 * MIB + 4 * KIB)
+    assert trace.shortened(1).prolonged(2).mapped_from_bytes == 256 * KIB
 
 
 # How allocations grow

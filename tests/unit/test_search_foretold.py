@@ -75,6 +75,20 @@ def test_where_nothing_was_recorded_the_guess_is_asked_all_the_same() -> None:
     assert len(oracle.trials) <= 4
 
 
+@pytest.mark.parametrize("limit", [40, 370, 1901])
+def test_one_that_knows_too_little_from_afar_is_looked_at_from_nearer(limit: int) -> None:
+    def say(size: int) -> Forecast:
+        is_near = 8 * size >= limit
+        told = limit if is_near else round(1.2 * limit)
+        return Forecast(told, told, is_from_afar=not is_near)
+
+    oracle = affine(limit)
+    assert foretold(oracle, say).batch_size == limit
+    assert list(oracle.trials)[2] == round(1.2 * limit) // 4
+    assert len(oracle.trials) <= 5
+    assert oracle.failures == 1
+
+
 @pytest.mark.parametrize("off", [0.95, 0.99, 1.01, 1.05])
 @pytest.mark.parametrize("limit", [40, 370, 1901])
 def test_a_forecast_from_afar_is_made_again_from_near(off: float, limit: int) -> None:

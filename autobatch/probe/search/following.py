@@ -7,6 +7,7 @@ from autobatch.replay.forecast import Forecast
 
 _SMALL = 2  # so many more small sizes are learnt from at most
 _LONGEST_LEAP = 9  # growth to this power
+_NEARER = 1 / 4  # the part of a forecast from afar to look from first
 _GUESSED = 0.98  # a guess that is this part of a forecast, or more, agrees with it
 _OFTEN = 2  # so many times a forecast may be wrong in one direction, and once more: then others than it tell more
 _FAR = 1.1  # a failure so many times the size above it was foretold from too far off
@@ -29,6 +30,8 @@ def follow(bracket: Bracket, guess: int | None = None) -> None:
             rank, unsure = _next_to_learn(bracket, forecast, unsure), unsure + 1
         elif guess is not None and _GUESSED * forecast.least <= guess <= forecast.most:
             rank, guess = bracket.rank(guess), None
+        elif forecast.is_from_afar and high is None:
+            rank = bracket.rank(_NEARER * forecast.least)
         else:
             foretold = forecast.most if forecast.is_sure else forecast.least
             rank, guess = bracket.rank(min(foretold, bracket.size * bracket.growth**_LONGEST_LEAP)), None
