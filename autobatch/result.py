@@ -43,7 +43,7 @@ class Measurement:
     device_used_bytes: int | None = None
     """What the whole device had in use after the steps, other processes included."""
     capacity_bytes: int | None = None
-    """What this trial was allowed: the device's budget less the headroom (of host memory at least half a per cent)."""
+    """What this trial was allowed: the budget less the headroom (of host memory half a per cent or 3 MiB at least)."""
     alloc_retries: int | None = None
     """Times the allocator had to give cached memory back and try again, in the judged steps."""
     step_time_s: float | None = None

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from autobatch.device import nvml
+from autobatch.device import cuda_history, nvml
 from autobatch.device.base import DeviceInfo, Isolation
 from autobatch.device.fraction import reserve_at_most
 from autobatch.device.oom import classify, first_line
-from autobatch.device.recording import CudaRecording, recording
+from autobatch.device.recording import RecordedRun, recording
 from autobatch.errors import DeviceError, DeviceNotFoundError
 from autobatch.result import Measurement
 
@@ -135,8 +135,8 @@ class CudaDevice:
     def streams(self) -> int:
         return len({part["stream"] for part in torch.cuda.memory_snapshot() if part["device"] == self._index})
 
-    def recording(self) -> AbstractContextManager[CudaRecording | None]:
-        return recording(self._index)
+    def recording(self) -> AbstractContextManager[RecordedRun | None]:
+        return recording(cuda_history.begin(torch, self._index))
 
     def measure(self) -> Measurement:
         free_bytes, total_bytes = torch.cuda.mem_get_info(self._index)

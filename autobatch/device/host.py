@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 import psutil
 
 from autobatch.device import host_history, process
-from autobatch.device.base import DeviceInfo, Isolation, Recording
+from autobatch.device.base import DeviceInfo, Isolation
+from autobatch.device.recording import RecordedRun, recording
 from autobatch.errors import DeviceError
 from autobatch.result import Measurement
 from autobatch.units import KIB, MIB, format_bytes
@@ -110,7 +111,7 @@ class HostDevice:
     def budget_bytes(self) -> int:
         """What the workload may add to an idle process, what it holds already included. In bytes."""
         budget_bytes = self._default_budget_bytes if self._memory_limit_bytes is None else self._memory_limit_bytes
-        soft_bytes = _soft_limit_bytes()
+        soft_bytes = process.soft_limit_bytes()
         if soft_bytes is None:
             return budget_bytes
         return max(0, min(budget_bytes, soft_bytes - self._baseline.data_bytes - process.free_heap_bytes()))
@@ -176,35 +177,32 @@ class HostDevice:
         """Unknown: there are none."""
 
     @contextmanager
-    def recording(self) -> Iterator[Recording | None]:
+    def recording(self) -> Iterator[RecordedRun | None]:
         """Records inside what torch allocates. The thread that the profiler starts for it is none of the workload's."""
         before_bytes = process.status_bytes().get("VmData", 0)
         _move_limit(_RECORDER_AT_MOST_BYTES)
-        with host_history.recording(importlib.import_module("torch")) as recording:
+        with recording(host_history.begin(importlib.import_module("torch"))) as run:
             own_bytes = max(0, process.status_bytes().get("VmData", 0) - before_bytes)
             _move_limit(own_bytes - _RECORDER_AT_MOST_BYTES)
             self._baseline = self._baseline._replace(data_bytes=self._baseline.data_bytes + own_bytes)
             try:
-                yield recording
+                yield run
             finally:
                 if not self._is_restricted:  # else that ends with :meth:`restrict`, when peaks have been measured
                     _move_limit(-own_bytes)
 
     def measure(self) -> Measurement:
-        memory = psutil.virtual_memory()
-        status = process.status_bytes()
-        resident_bytes, space_bytes = process.peak_resident_bytes(), status.get("VmPeak", 0)
-        # What is mapped and is no private data (libraries, the room that malloc's arenas keep) mostly stays.
-        other_bytes = status.get("VmSize", 0) - status.get("VmData", 0)
-        data_bytes = min(space_bytes - other_bytes, _soft_limit_bytes() or sys.maxsize)
-        data_bytes -= self._baseline.data_bytes + self._holes_bytes
+        memory, resident_bytes = psutil.virtual_memory(), process.peak_resident_bytes()
+        data_bytes = process.peak_data_bytes(above_space_bytes=self._old_space_bytes)
+        if data_bytes is not None:
+            data_bytes = max(0, data_bytes - self._baseline.data_bytes - self._holes_bytes)
         return Measurement(
             peak_allocated_bytes=(
                 max(0, resident_bytes - self._baseline.resident_bytes)
                 if resident_bytes > self._old_peak_bytes
                 else None
             ),
-            peak_reserved_bytes=max(0, data_bytes) if space_bytes > self._old_space_bytes else None,
+            peak_reserved_bytes=data_bytes,
             device_used_bytes=memory.total - memory.available,
         )
 
@@ -242,19 +240,9 @@ def _resource_module() -> ModuleType:
     return resource
 
 
-def _soft_limit_bytes() -> int | None:
-    """The limit on private data that is in force; None where there is none."""
-    try:
-        resource = importlib.import_module("resource")
-    except ImportError:  # Windows
-        return None
-    soft: int = resource.getrlimit(resource.RLIMIT_DATA)[0]
-    return None if soft == resource.RLIM_INFINITY else soft
-
-
 def _move_limit(by_bytes: int) -> None:
     """Moves the limit on private data that is in force, if there is one."""
-    soft_bytes = _soft_limit_bytes()
+    soft_bytes = process.soft_limit_bytes()
     if soft_bytes is not None:
         resource = _resource_module()
         hard = resource.getrlimit(resource.RLIMIT_DATA)[1]

@@ -2,43 +2,48 @@
 
 Of the profiler only its core is asked, which takes a few milliseconds, and not for operators, of which there are many.
 No public function gives that: where another torch has it otherwise, nothing is recorded, and nothing else is wrong.
-Imports no torch, and uses the one that it is given.
+Uses the standard library alone, and the torch that it is given, for the start-up hook loads it by its file.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
-from autobatch.replay.trace import Trace, trace_of
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Any
 
 _MOST_ENTRIES = 120_000  # longer runs are not replayed: doing so some thirty times would take too long
 _STEP_ENDED = "autobatch: a step has ended"
 _THRESHOLD = "MALLOC_MMAP_THRESHOLD_"
 
 
-class HostRecording:
-    """A run on the host that is recorded. Meets :class:`~autobatch.device.base.Recording`."""
+class History:
+    """The history of this thread's allocations, from :func:`begin` to :meth:`end`."""
+
+    place = "cpu"
 
     def __init__(self, torch: Any, threshold_bytes: int) -> None:
         self._torch, self._threshold_bytes = torch, threshold_bytes
         self._steps, self._is_over = 0, False
 
     def step_ended(self) -> None:
+        """Called after each step."""
         with self._torch.profiler.record_function(_STEP_ENDED):
             self._steps += 1
 
-    def trace(self) -> Trace | None:
-        """What was asked for so far; nothing is recorded after it."""
+    def told(self) -> dict[str, Any] | None:
+        """What happened and the allocations up to the end of each step, as :func:`autobatch.replay.trace.trace_of`
+        takes them; None where it is not all there. Ends the history."""
         try:
-            entries, steps = _told(self.end(), self._torch._C._profiler._EventType.Allocation)
-            if len(entries) >= _MOST_ENTRIES or len(steps) != self._steps:
-                return None
-            return trace_of((), entries, steps, mapped_from_bytes=self._threshold_bytes)
+            entries, steps = _read(self.end(), self._torch._C._profiler._EventType.Allocation)
         except Exception:  # noqa: BLE001 - what is private may be anything, and the run has not failed
             return None
+        if len(entries) >= _MOST_ENTRIES or len(steps) != self._steps:
+            return None
+        return {"before": [], "entries": entries, "steps": steps, "mapped_from_bytes": self._threshold_bytes}
 
     def end(self) -> Any:
         """Records no more; what the profiler has, None if it was asked before or is somebody else's by now."""
@@ -49,20 +54,12 @@ class HostRecording:
             return self._torch._C._autograd._disable_profiler()
 
 
-@contextmanager
-def recording(torch: Any) -> Iterator[HostRecording | None]:
-    """Records inside what torch allocates on the host; None where somebody else uses the profiler, torch has none that
-    tells it, or malloc is not the one that is modelled (:mod:`autobatch.replay.malloc`)."""
+def begin(torch: Any) -> History | None:
+    """Begins to record; None where somebody else uses the profiler, torch has none that tells it, or malloc is not one
+    that can be modelled (:mod:`autobatch.replay.malloc`)."""
     threshold_bytes = _threshold_bytes()
-    recording = None if threshold_bytes is None else _begun(torch, threshold_bytes)
-    try:
-        yield recording
-    finally:
-        if recording is not None:
-            recording.end()
-
-
-def _begun(torch: Any, threshold_bytes: int) -> HostRecording | None:
+    if threshold_bytes is None:
+        return None
     try:
         autograd, core = torch._C._autograd, torch._C._profiler
         if autograd._profiler_enabled():
@@ -75,7 +72,7 @@ def _begun(torch: Any, threshold_bytes: int) -> HostRecording | None:
             autograd._prepare_profiler(about, activities)
             autograd._enable_profiler(about, activities, {core.RecordScope.USER_SCOPE})
             del older  # of the first end of what is older than the profiler it warns
-        return HostRecording(torch, threshold_bytes)
+        return History(torch, threshold_bytes)
     except Exception:  # noqa: BLE001 - as above
         return None
 
@@ -97,11 +94,12 @@ def _silence() -> Iterator[None]:
         os.close(stderr)
 
 
-def _told(results: Any, allocation: Any) -> tuple[list[tuple[str, int, int, int]], list[int]]:
-    """Allocations and their ends as :func:`~autobatch.replay.trace.trace_of` takes them, and how many allocations there
-    had been when each step ended."""
-    entries, steps, count = list[tuple[str, int, int, int]](), list[int](), 0
-    events, left = [], list(results.experimental_event_tree())
+def _read(results: Any, allocation: Any) -> tuple[list[tuple[str, int, int, int]], list[int]]:
+    """Action, address, size and stream of each allocation and its end, and how many allocations there had been when
+    each step ended."""
+    entries: list[tuple[str, int, int, int]] = []
+    steps: list[int] = []
+    events, left, count = [], list(results.experimental_event_tree()), 0
     while left:
         event = left.pop()
         events.append(event)
@@ -109,7 +107,8 @@ def _told(results: Any, allocation: Any) -> tuple[list[tuple[str, int, int, int]
     for event in sorted(events, key=lambda event: int(event.start_time_ns)):
         if event.tag == allocation:
             about = event.extra_fields
-            if about.device.type == "cpu":
+            # What is reserved is a mapping that other processes see, such as a loader's worker: no private data.
+            if about.device.type == "cpu" and not about.total_reserved:
                 action = "alloc" if about.alloc_size > 0 else "free_completed"
                 entries.append((action, about.ptr, abs(about.alloc_size), 0))
                 count += about.alloc_size > 0

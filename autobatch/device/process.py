@@ -129,6 +129,30 @@ def _private(status: dict[str, int], resident: str) -> int:
     return status.get(resident, 0) - status.get("RssFile", 0) - status.get("RssShmem", 0)
 
 
+def peak_data_bytes(*, above_space_bytes: int) -> int | None:
+    """The most private data there was at once, touched or not; None where the address space, of which alone the kernel
+    keeps a mark, was not larger since than ``above_space_bytes``.
+
+    What is mapped and is no private data (libraries, the room that malloc's arenas keep) mostly stays.
+    """
+    status = status_bytes()
+    space_bytes = status.get("VmPeak", 0)
+    if space_bytes <= above_space_bytes:
+        return None
+    data_bytes = space_bytes - (status.get("VmSize", 0) - status.get("VmData", 0))
+    return min(data_bytes, soft_limit_bytes() or data_bytes)
+
+
+def soft_limit_bytes() -> int | None:
+    """The limit on private data that is in force; None where there is none."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    soft: int = resource.getrlimit(resource.RLIMIT_DATA)[0]
+    return None if soft == resource.RLIM_INFINITY else soft
+
+
 def container_available_bytes(root: Path = Path("/sys/fs/cgroup")) -> int | None:
     """What the control group of this process (a container's limit) leaves, in bytes; None if there is no limit.
 

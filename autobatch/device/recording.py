@@ -1,17 +1,28 @@
-"""What a run allocates on a GPU of this process."""
+"""A run of this process whose allocations are recorded, by whichever history its allocator has."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, Protocol
 
-import torch
-
-from autobatch.device.history import History, begin
 from autobatch.replay.trace import Trace, trace_of
 
 
-class CudaRecording:
+class History(Protocol):
+    """What is allocated from its beginning to its end."""
+
+    def step_ended(self) -> None:
+        """Called after each step."""
+
+    def told(self) -> dict[str, Any] | None:
+        """All of it, as :func:`autobatch.replay.trace.trace_of` takes it; None where nothing could be told."""
+
+    def end(self) -> None:
+        """Records no more."""
+
+
+class RecordedRun:
     """A run that is recorded. Meets :class:`~autobatch.device.base.Recording`."""
 
     def __init__(self, history: History) -> None:
@@ -24,13 +35,12 @@ class CudaRecording:
 
 
 @contextmanager
-def recording(index: int) -> Iterator[CudaRecording | None]:
-    """Records inside what the GPU's allocator does; None where somebody else does so, or torch has no such history."""
-    history = begin(torch, index)
+def recording(history: History | None) -> Iterator[RecordedRun | None]:
+    """Ends ``history`` on leaving; None where there is none."""
     if history is None:
         yield None
         return
     try:
-        yield CudaRecording(history)
+        yield RecordedRun(history)
     finally:
         history.end()

@@ -3,7 +3,7 @@
 :data:`START` comes first on ``PYTHONPATH`` and holds nothing but a ``sitecustomize``, which the interpreter imports by
 itself; it does what the environment variables below ask for. Everything here uses the standard library alone, for it
 runs in whatever interpreter the command is of. The modules of autobatch that it loads, by their files, do so too:
-``device/history``, ``device/oom`` and ``device/process``.
+``device/cuda_history``, ``device/host_history``, ``device/oom`` and ``device/process``.
 """
 
 from __future__ import annotations

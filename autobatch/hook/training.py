@@ -34,11 +34,13 @@ class _Training:
         self.handles: list[Any] = []
         """Of hooks that wait for the first forward pass."""
         self.idle_resident_bytes: int | None = None
+        self.idle_data_bytes = self.old_space_bytes = 0
+        """What an idle process has of private data, and the most of the address space that was taken before."""
         self.has_holes = False
         """Whether the limit lets through what finds its place in the heap's holes, so that peaks are compared too."""
         self.soft_limit_bytes: int | None = None
         self.history: Any = None
-        """What the GPU's allocator is asked for, where that is recorded."""
+        """What the allocator is asked for, where that is recorded."""
 
     def remove_handles(self) -> None:
         for handle in self.handles:
@@ -74,6 +76,7 @@ def attach_anew(torch: Any, request: dict[str, Any]) -> None:
         _training.handles = parent.handles
         _training.soft_limit_bytes = parent.soft_limit_bytes
         _training.idle_resident_bytes = parent.idle_resident_bytes
+        _training.idle_data_bytes, _training.old_space_bytes = parent.idle_data_bytes, parent.old_space_bytes
         _training.has_holes = parent.has_holes
 
 
@@ -100,7 +103,7 @@ def _record() -> None:
     if state is None or state.torch.compiler.is_compiling() or not state.torch.cuda.is_initialized():
         return
     state.remove_handles()
-    state.history = trial.load("device/history").begin(state.torch, state.torch.cuda.current_device())
+    state.history = trial.load("device/cuda_history").begin(state.torch, state.torch.cuda.current_device())
 
 
 def _count(state: _Training, record: dict[str, Any]) -> None:
@@ -122,7 +125,7 @@ def _finish() -> NoReturn:
     state, record = _training, trial.record
     assert state is not None
     if not record["done"]:
-        if state.history is not None and record.get("device") == f"cuda:{state.history.index}":
+        if state.history is not None and record.get("device") == state.history.place:
             trial.write_beside("history", state.history.told())
         record.update(done=True, samples=_samples(state.request["batch_size"]))
         trial.write()
@@ -164,11 +167,14 @@ def measure() -> dict[str, Any]:
                 "device_used_bytes": total_bytes - free_bytes,
                 "fraction": cuda.get_per_process_memory_fraction(index),
             }
-    resident_bytes, idle_bytes = trial.load("device/process").peak_resident_bytes(), state.idle_resident_bytes
+    process = trial.load("device/process")
+    resident_bytes, idle_bytes = process.peak_resident_bytes(), state.idle_resident_bytes
     known = resident_bytes > 0 and idle_bytes is not None  # zero: a system that keeps no such mark
+    data_bytes = process.peak_data_bytes(above_space_bytes=state.old_space_bytes) if state.idle_data_bytes else None
     return {
         "device": "cpu",
         "peak_allocated_bytes": max(0, resident_bytes - idle_bytes) if known else None,
+        "peak_reserved_bytes": None if data_bytes is None else max(0, data_bytes - state.idle_data_bytes),
         "compare_peaks": state.has_holes,
     }
 
@@ -183,6 +189,8 @@ def _limit_host() -> None:
         return
     import resource
 
+    if state.request["records"]:  # before the limit, for it takes memory of its own
+        state.history = trial.load("device/host_history").begin(state.torch)
     process = trial.load("device/process")
     data_bytes, state.idle_resident_bytes = process.idle_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
@@ -195,6 +203,7 @@ def _limit_host() -> None:
         # The peak of the imports cannot be told from one of the training, nor what finds its place in the holes.
         state.idle_resident_bytes, holes_bytes = None, 0
     state.has_holes = holes_bytes > 0
+    state.idle_data_bytes, state.old_space_bytes = data_bytes + holes_bytes, process.status_bytes().get("VmPeak", 0)
     wanted = data_bytes + holes_bytes + limit_bytes
     resource.setrlimit(resource.RLIMIT_DATA, (wanted if soft == resource.RLIM_INFINITY else min(wanted, soft), hard))
     state.soft_limit_bytes = soft

@@ -22,12 +22,12 @@ from autobatch.probe.foresight import RECORDABLE
 from autobatch.probe.guess import WITHIN_S, Twin, short_of, twin_ahead, twin_of, virtual_guess
 from autobatch.probe.inquiry import (
     FRESH_AT_THE_EDGE,
-    PROCESSES_DIFFER,
     SHUFFLES,
     SHUFFLES_AT_THE_EDGE,
     Inquiry,
     capacity,
     least,
+    withheld_of_host,
 )
 from autobatch.probe.isolation import ForkExecutor
 from autobatch.probe.neighbours import locked, shared
@@ -120,7 +120,7 @@ def find(
             of two, a number its multiples; 1 means every size.
         growth: factor from one size to the next until measured memory allows a larger jump.
         headroom: fraction of the device withheld from the trials and left to training; on the host never less than
-            half a per cent, by which processes that do the same differ.
+            half a per cent (3 MiB of a small limit), by which processes that do the same differ.
         memory_limit: bytes (``"10GiB"``) that the workload may have at most; on the host, what it may add to an idle
             process. Each rank has its own; without one, ranks of one machine share its memory equally.
         steps: training steps of a trial, at least 2: the first alone creates the optimizer's state.
@@ -132,8 +132,8 @@ def find(
         per_rank: among several ranks, each searches a size of its own on its own device, for devices that are unequal;
             ``environment["rank_sizes"]`` has those of all. A trial can run no collective then.
         time_limit_s: seconds after which no larger size is tried.
-        first_guess: a size near which the answer is expected: the search begins there, or on CUDA and ROCm, where small
-            batches tell better, with one of two samples, and the guess counts where it agrees with what these tell.
+        first_guess: a size near which the answer is expected: the search begins there, or where small batches tell
+            better (CUDA, ROCm, host memory) with one of two samples, and the guess counts where it agrees with these.
             Without one, on a real NVIDIA GPU, it begins at the answer of a virtual one, where the workload can reach a
             child process.
         cache: None for no cache; True, or a folder, to keep the answer there and to look there first. An answer that
@@ -232,7 +232,8 @@ def _inquiry(question: _Question, place: Device, executor: Executor, own: Settin
     """The question at this place: each rank's trials may have what it has itself, and all know what the least is."""
     limit_bytes, headroom = question.limit_bytes, question.headroom
     anew = place.isolation().anew
-    capacity_bytes = capacity(own, limit_bytes, max(headroom, PROCESSES_DIFFER) if anew else headroom)
+    withheld = withheld_of_host(least(own.budget_bytes, limit_bytes)) if anew else 0.0
+    capacity_bytes = capacity(own, limit_bytes, max(headroom, withheld))
     return Inquiry(
         executor=executor,
         setting=agreed.setting(own, least(own.budget_bytes, limit_bytes)),

@@ -18,7 +18,7 @@ from autobatch.probe.trial import Attempt, TrialRequest
 from autobatch.probe.workload.data import search_within
 from autobatch.replay.forecast import Forecast
 from autobatch.result import SHUFFLED, BatchSizeResult, Trial
-from autobatch.units import format_bytes
+from autobatch.units import MIB, format_bytes
 
 CONFIRM_STEPS = 20
 """Steps of a confirming run: enough to meet failures that come late, in the second step or in a later one."""
@@ -28,10 +28,13 @@ SHUFFLES, SHUFFLES_AT_THE_EDGE = 8, 20
 an order that was not tried."""
 
 
-FRESH_AT_THE_EDGE, PROCESSES_DIFFER = 3, 0.005
-"""Fresh processes that an answer must survive without headroom, and the part of memory that is withheld all the same,
-where no two processes are alike, as on host memory: what malloc keeps differs by a sample or two from one to the next,
-and by more between those of a search, which are forks of one, and others."""
+FRESH_AT_THE_EDGE = 3
+"""Fresh processes that an answer must survive without headroom where no two processes are alike, as on host memory."""
+
+HEAPS_DIFFER_BYTES, LEAST_WITHHELD, LEAST_OF_LITTLE = 3 * MIB, 0.005, 0.025
+"""By how much what malloc keeps differs between the processes of a search and others (benchmarks/peers.py, three
+workloads: up to 3 MiB); so much is withheld without headroom all the same, half a per cent at least, and of a small
+limit no more than a fortieth."""
 
 
 @dataclass(kw_only=True)
@@ -245,6 +248,13 @@ def capacity(setting: Setting, limit_bytes: int | None, headroom: float) -> int 
             f"({format_bytes(capacity_bytes)}) are allowed"
         )
     return capacity_bytes
+
+
+def withheld_of_host(limit_bytes: int | None) -> float:
+    """The part of host memory that no headroom may fall below."""
+    if not limit_bytes:
+        return LEAST_WITHHELD
+    return max(LEAST_WITHHELD, min(LEAST_OF_LITTLE, HEAPS_DIFFER_BYTES / limit_bytes))
 
 
 def of_mode(mode: str, notes: tuple[str, ...]) -> list[str]:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from autobatch import Workload, find
+from autobatch.device import cuda_history
 from autobatch.device.cuda import CudaDevice
 from autobatch.device.recording import recording
 from autobatch.probe.trial import Attempt, TrialRequest, run_trial
@@ -181,7 +182,7 @@ def test_nothing_is_recorded_afterwards() -> None:
 def test_other_settings_of_the_allocator_are_not_modelled() -> None:
     torch.cuda.memory._set_allocator_settings("expandable_segments:True")
     try:
-        with recording(0) as history:
+        with recording(cuda_history.begin(torch, 0)) as history:
             assert history is None
     finally:
         torch.cuda.memory._set_allocator_settings("expandable_segments:False")
@@ -189,7 +190,7 @@ def test_other_settings_of_the_allocator_are_not_modelled() -> None:
 
 def test_a_history_that_begins_amid_the_steps_is_not_taken_for_ours() -> None:
     """It is short, and so would be what it tells."""
-    with recording(0) as history:
+    with recording(cuda_history.begin(torch, 0)) as history:
         assert history is not None
         torch.zeros(1000, device=DEVICE)
         torch.cuda.memory._record_memory_history(enabled="all", context=None, max_entries=10)
@@ -201,7 +202,7 @@ def test_a_history_that_begins_amid_the_steps_is_not_taken_for_ours() -> None:
 
 
 def test_a_run_that_empties_the_cache_itself_is_not_foretold() -> None:
-    with recording(0) as history:
+    with recording(cuda_history.begin(torch, 0)) as history:
         assert history is not None
         torch.zeros(1000, device=DEVICE)
         torch.cuda.empty_cache()
@@ -212,11 +213,11 @@ def test_a_run_that_empties_the_cache_itself_is_not_foretold() -> None:
 def test_a_torch_that_tells_otherwise_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     """And nothing stays switched on."""
     monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: [{}])
-    with recording(0) as history:
+    with recording(cuda_history.begin(torch, 0)) as history:
         assert history is None
     assert not torch._C._cuda_isHistoryEnabled()
     monkeypatch.undo()
-    with recording(0) as history:
+    with recording(cuda_history.begin(torch, 0)) as history:
         assert history is not None
         monkeypatch.setattr(torch.cuda.memory, "_snapshot", lambda: {"segments": []})
         assert history.trace() is None

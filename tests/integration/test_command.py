@@ -33,9 +33,9 @@ from autobatch.probe.command import run as command_run
 from autobatch.probe.command.executor import CommandExecutor
 from autobatch.probe.command.verdict import SHRANK
 from autobatch.probe.trial import Attempt, TrialRequest
-from autobatch.replay.forecast import forecast
+from autobatch.replay.forecast import forecast, peak_reserved_bytes
 from autobatch.replay.scaling import scaling
-from autobatch.units import MIB
+from autobatch.units import GIB, MIB
 
 SCRIPTS = Path(__file__).parents[1] / "commands"
 sys.path.append(str(SCRIPTS))  # as scripts they import one another
@@ -67,10 +67,13 @@ def attempt(words: list[str], log: Path, size: int = 2, *, device: Any = None, *
     return done
 
 
-def recorded(words: list[str], log: Path, *sizes: int) -> list[Attempt]:
-    """Trials that record what the command allocates on a virtual GPU."""
-    with closing(CommandExecutor(Command(words, log=log), VirtualGPU(CARD))) as executor:
-        return [executor.run(TrialRequest(batch_size=size, steps=3, records=True)) for size in sizes]
+def recorded(words: list[str], log: Path, *sizes: int, device: Any = None) -> list[Attempt]:
+    """Trials that record what the command allocates, on a virtual GPU unless it is said where."""
+    place = device or VirtualGPU(CARD)
+    limit_bytes = None if device is None else GIB
+    with closing(CommandExecutor(Command(words, log=log), place)) as executor:
+        requests = [TrialRequest(batch_size=n, steps=3, limit_bytes=limit_bytes, records=True) for n in sizes]
+        return [executor.run(request) for request in requests]
 
 
 def test_what_a_command_allocates_is_recorded_from_its_first_forward_pass(log):
@@ -84,6 +87,24 @@ def test_what_a_command_allocates_is_recorded_from_its_first_forward_pass(log):
     found = forecast(scaling(small.trace, 200, larger.trace, 300), needed_bytes, smallest=200)
     assert found is not None
     assert 0.97 * 4000 <= found.most <= 1.1 * 4000
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_on_host_memory_too(workers, log):
+    """Up to what the process has beside tensors, which a third run tells."""
+    words = [sys.executable, str(SCRIPTS / "plain.py"), *SIZES, "--workers", str(workers)]
+    small, larger, large = recorded(words, log, 200, 300, 4000, device=HostDevice(memory_limit_bytes=GIB))
+    assert small.trace is not None
+    assert larger.trace is not None
+    assert len(small.trace.steps) == 3
+    seen = scaling(small.trace, 200, larger.trace, 300)
+    needed_bytes = large.trial.measurement.peak_reserved_bytes
+    beside_bytes = needed_bytes - peak_reserved_bytes(seen.trace, seen.sizes(4000))
+    assert 0 < beside_bytes < 0.6 * needed_bytes  # the parameters, and what the first backward pass loads
+    found = forecast(seen, needed_bytes - beside_bytes, smallest=200)
+    assert found is not None
+    assert 4000 <= found.most <= 1.01 * 4000
+    assert needed_bytes <= large.trial.measurement.capacity_bytes
 
 
 def test_a_step_that_is_compiled_whole_is_left_alone(log):

@@ -13,8 +13,8 @@ from autobatch.device.host import CHILD_ENVIRONMENT
 
 BEGIN = """
 import torch
-from autobatch.device.host_history import recording
-from autobatch.replay.trace import ALLOCATES
+from autobatch.device.host_history import begin
+from autobatch.device.recording import recording
 
 older = [torch.ones(1000) for _ in range(3)]
 
@@ -44,7 +44,7 @@ def run(code: str, environment: dict[str, str] | None = None) -> str:
 
 def test_each_allocation_is_told_with_its_end_and_nothing_is_said_of_it() -> None:
     said = run(
-        "with recording(torch) as seen:\n"
+        "with recording(begin(torch)) as seen:\n"
         "    for _ in range(2):\n"
         "        step(7)\n"
         "        seen.step_ended()\n"
@@ -56,15 +56,27 @@ def test_each_allocation_is_told_with_its_end_and_nothing_is_said_of_it() -> Non
     assert sorted(said.splitlines()) == sorted(["False", f"{sizes} {events} (3, 6) 262144"])
 
 
+def test_what_other_processes_see_is_no_private_data() -> None:
+    """As the batches are that a loader's workers send."""
+    said = run(
+        "with recording(begin(torch)) as seen:\n"
+        "    torch.empty(1000, 1000).share_memory_().mul_(2)\n"
+        "    torch.empty(5)\n"
+        "    seen.step_ended()\n"
+        "    print(list(seen.trace().sizes))"
+    )
+    assert said == "[4000000, 8, 4, 20]\n"  # the product has a scalar of its own, and that a copy
+
+
 def test_malloc_that_changes_its_threshold_as_it_goes_is_not_recorded() -> None:
     unset = dict.fromkeys(CHILD_ENVIRONMENT, "")
-    assert run("with recording(torch) as seen: print(seen)", unset) == "None\n"
+    assert run("with recording(begin(torch)) as seen: print(seen)", unset) == "None\n"
 
 
 def test_who_profiles_already_is_left_alone() -> None:
     said = run(
         "with torch.autograd.profiler.profile() as own:\n"
-        "    with recording(torch) as seen: print(seen)\n"
+        "    with recording(begin(torch)) as seen: print(seen)\n"
         "    step(7)\n"
         "print(any('exp' in event.key for event in own.key_averages()))"
     )
@@ -73,7 +85,7 @@ def test_who_profiles_already_is_left_alone() -> None:
 
 def test_who_profiles_amid_it_is_not_disturbed_and_nothing_is_told() -> None:
     said = run(
-        "with recording(torch) as seen:\n"
+        "with recording(begin(torch)) as seen:\n"
         "    with torch.autograd.profiler.profile() as own: step(7)\n"
         "    seen.step_ended()\n"
         "    print(seen.trace())\n"
@@ -83,7 +95,7 @@ def test_who_profiles_amid_it_is_not_disturbed_and_nothing_is_told() -> None:
 
 
 def test_a_torch_that_has_it_otherwise_records_nothing() -> None:
-    assert run("del torch._C._profiler.ProfilerConfig\nwith recording(torch) as seen: print(seen)") == "None\n"
+    assert run("del torch._C._profiler.ProfilerConfig\nwith recording(begin(torch)) as seen: print(seen)") == "None\n"
 
 
 def test_the_recorder_is_no_part_of_what_the_workload_may_have() -> None:

@@ -8,10 +8,11 @@ import pytest
 
 from autobatch.probe.executor import Setting
 from autobatch.probe.foresight import Recorded
-from autobatch.probe.inquiry import Inquiry
+from autobatch.probe.inquiry import Inquiry, withheld_of_host
 from autobatch.probe.trial import Attempt, TrialRequest
 from autobatch.replay.forecast import MORE_STEPS, Forecast
 from autobatch.result import Outcome, Trial
+from autobatch.units import GIB, MIB
 
 
 class Place:
@@ -87,3 +88,10 @@ def test_without_recordings_a_trial_is_plain(inquiry: Inquiry) -> None:
     inquiry._ask(7, "train")
     request: TrialRequest = inquiry.executor.requests[-1]  # type: ignore[attr-defined]
     assert (request.steps, request.sizes_before, request.records) == (3, (), False)
+
+
+def test_of_host_memory_something_is_withheld_for_heaps_that_differ() -> None:
+    assert withheld_of_host(128 * MIB) == pytest.approx(3 / 128)
+    assert withheld_of_host(10 * MIB) == 0.025
+    assert withheld_of_host(10 * GIB) == 0.005
+    assert withheld_of_host(None) == 0.005

@@ -39,7 +39,7 @@ WITHOUT_TORCH = (
     "cli/__init__",
     "device/base",
     "device/fraction",
-    "device/history",
+    "device/cuda_history",
     "device/host",
     "device/host_history",
     "device/local",
@@ -210,7 +210,8 @@ def test_imports_where_unix_modules_are_missing() -> None:
 @pytest.mark.parametrize(
     "module",
     [
-        "device/history",
+        "device/cuda_history",
+        "device/host_history",
         "device/oom",
         "device/process",
         "imports",
@@ -218,7 +219,7 @@ def test_imports_where_unix_modules_are_missing() -> None:
     ],
 )
 def test_what_runs_in_a_command_s_own_interpreter_needs_the_standard_library_alone(module: str) -> None:
-    """The hook loads the first four by their files, so that no import of theirs would be found."""
+    """The hook loads the first five by their files, so that no import of theirs would be found."""
     names = imported(PACKAGE / f"{module}.py", at_import_only=True)
     assert {name.split(".")[0] for name in names} <= {*sys.stdlib_module_names, "__future__"}
 

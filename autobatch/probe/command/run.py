@@ -80,7 +80,7 @@ class TrialFolder:
         return any(r["done"] or r.get("failure", {}).get("tier") for r in self.records)
 
     def traces(self) -> Iterator[tuple[int, Trace]]:
-        """What each process has recorded of itself (:mod:`autobatch.device.history`)."""
+        """What each process has recorded of itself (:mod:`autobatch.device.cuda_history`)."""
         for path in self.folder.glob("*.history"):
             yield int(path.stem), trace_of(**json.loads(path.read_text(encoding="utf-8")), begins_empty=True)
 

@@ -28,7 +28,8 @@ class History:
     """The history of one GPU's allocator, from :func:`begin` to :meth:`end`."""
 
     def __init__(self, torch: Any, index: int) -> None:
-        self._torch, self.index = torch, index
+        self._torch, self._index = torch, index
+        self.place = f"cuda:{index}"
         self._before = self._of_this_gpu(torch.cuda.memory_snapshot())
         self._allocations_before, self._retries_before = self._allocations(), self._count("num_alloc_retries")
         self._steps: list[int] = []
@@ -44,7 +45,7 @@ class History:
         """
         try:
             snapshot = self._torch.cuda.memory._snapshot()
-            entries = snapshot["device_traces"][self.index]
+            entries = snapshot["device_traces"][self._index]
             if len(entries) >= _MOST_ENTRIES or not _is_plain(snapshot["allocator_settings"]):
                 return None
             segments = (*self._before, *self._of_this_gpu(snapshot["segments"]))
@@ -65,13 +66,13 @@ class History:
         _end(self._torch)
 
     def _of_this_gpu(self, segments: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [segment for segment in segments if segment["device"] == self.index]
+        return [segment for segment in segments if segment["device"] == self._index]
 
     def _allocations(self) -> int:
         return self._count("allocation.all.allocated")
 
     def _count(self, name: str) -> int:
-        return int(self._torch.cuda.memory_stats(self.index)[name])
+        return int(self._torch.cuda.memory_stats(self._index)[name])
 
 
 def begin(torch: Any, index: int) -> History | None:
