@@ -27,6 +27,9 @@ _HARMLESS = (
 class History:
     """The history of one GPU's allocator, from :func:`begin` to :meth:`end`."""
 
+    ran_out = False
+    """Not told here: an error of the allocator is one of Python's, where it reaches that."""
+
     def __init__(self, torch: Any, index: int) -> None:
         self._torch, self._index = torch, index
         self.place = f"cuda:{index}"

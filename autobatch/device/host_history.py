@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _MOST_ENTRIES = 120_000  # longer runs are not replayed: doing so some thirty times would take too long
 _STEP_ENDED = "autobatch: a step has ended"
+_REFUSED = "[OutOfMemory]"  # the profiler's name for it
 _THRESHOLD = "MALLOC_MMAP_THRESHOLD_"
 
 
@@ -28,6 +29,8 @@ class History:
     def __init__(self, torch: Any, threshold_bytes: int) -> None:
         self._torch, self._threshold_bytes = torch, threshold_bytes
         self._steps, self._is_over = 0, False
+        self.ran_out = False
+        """Whether torch was refused memory, known once it is told."""
 
     def step_ended(self) -> None:
         """Called after each step."""
@@ -38,10 +41,10 @@ class History:
         """What happened and the allocations up to the end of each step, as :func:`autobatch.replay.trace.trace_of`
         takes them; None where it is not all there. Ends the history."""
         try:
-            entries, steps = _read(self.end(), self._torch._C._profiler._EventType.Allocation)
+            entries, steps, self.ran_out = _read(self.end(), self._torch._C._profiler._EventType.Allocation)
         except Exception:  # noqa: BLE001 - what is private may be anything, and the run has not failed
             return None
-        if len(entries) >= _MOST_ENTRIES or len(steps) != self._steps:
+        if self.ran_out or len(entries) >= _MOST_ENTRIES or len(steps) != self._steps:
             return None
         return {"before": [], "entries": entries, "steps": steps, "mapped_from_bytes": self._threshold_bytes}
 
@@ -94,9 +97,9 @@ def _silence() -> Iterator[None]:
         os.close(stderr)
 
 
-def _read(results: Any, allocation: Any) -> tuple[list[tuple[str, int, int, int]], list[int]]:
-    """Action, address, size and stream of each allocation and its end, and how many allocations there had been when
-    each step ended."""
+def _read(results: Any, allocation: Any) -> tuple[list[tuple[str, int, int, int]], list[int], bool]:
+    """Action, address, size and stream of each allocation and its end, how many allocations there had been when each
+    step ended, and whether one was refused."""
     entries: list[tuple[str, int, int, int]] = []
     steps: list[int] = []
     events, left, count = [], list(results.experimental_event_tree()), 0
@@ -114,7 +117,7 @@ def _read(results: Any, allocation: Any) -> tuple[list[tuple[str, int, int, int]
                 count += about.alloc_size > 0
         elif event.name == _STEP_ENDED:
             steps.append(count)
-    return entries, steps
+    return entries, steps, any(event.name == _REFUSED for event in events)
 
 
 def _threshold_bytes() -> int | None:

@@ -5,9 +5,11 @@ Attached to torch once that is imported, through torch's public hooks on optimiz
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import sys
+import threading
 import time
 import weakref
 
@@ -84,7 +86,7 @@ def _stepped(optimizer: Any, args: Any, kwargs: Any) -> None:
     state, record = _training, trial.record
     if state is None:
         return
-    if state.optimizer is None:
+    if state.optimizer is None or state.optimizer() is None:
         state.optimizer = weakref.ref(optimizer)
     if state.optimizer() is not optimizer:
         return
@@ -126,7 +128,10 @@ def _finish() -> NoReturn:
     assert state is not None
     if not record["done"]:
         if state.history is not None and record.get("device") == state.history.place:
-            trial.write_beside("history", state.history.told())
+            told = state.history.told()
+            trial.write_beside("history", told if state.request["records"] else None)
+            if state.history.ran_out:
+                record["caught"] = "DefaultCPUAllocator: can't allocate memory"
         record.update(done=True, samples=_samples(state.request["batch_size"]))
         trial.write()
         # A last look for garbage among all that torch has made would take half a second; what this run has made is
@@ -189,8 +194,13 @@ def _limit_host() -> None:
         return
     import resource
 
-    if state.request["records"]:  # before the limit, for it takes memory of its own
+    # Before the limit, for it takes memory of its own. It ends in the thread where it began, and must: a process that
+    # ends with torch's profiler at work crashes.
+    is_wanted = state.request["records"] or state.request["notices"]
+    if is_wanted and threading.current_thread() is threading.main_thread():
         state.history = trial.load("device/host_history").begin(state.torch)
+        if state.history is not None:
+            atexit.register(state.history.end)
     process = trial.load("device/process")
     data_bytes, state.idle_resident_bytes = process.idle_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)

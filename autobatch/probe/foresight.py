@@ -109,6 +109,11 @@ class Recorded:
         foretold = self._foretold
         return foretold is not None and foretold.is_sure and size > foretold.most >= self._fitted
 
+    def is_at_the_end(self, size: int) -> bool:
+        """Whether ``size`` is the largest that is foretold to fit, or nearly so: then what was done before decides."""
+        foretold = self._foretold
+        return foretold is not None and foretold.is_sure and foretold.least <= size <= foretold.most
+
     def more_steps(self, size: int) -> int:
         """How many more steps to run ``size``: a GPU that is expected to fail may do so in a later one."""
         return MORE_STEPS if self.expects_failure(size) and not self._is_of_host else 0

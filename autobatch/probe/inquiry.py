@@ -164,7 +164,8 @@ class Inquiry:
         steps = self.steps + self.foresight.more_steps(size)
         if self.executor.begins_small and self.foresight.expects_failure_behind_small(size):
             return self._request(size, mode, steps, (*before, *self._two_small(size, mode)))
-        return replace(self._request(size, mode, steps, before), records=self.foresight.wants())
+        request = self._request(size, mode, steps, before)
+        return replace(request, records=self.foresight.wants(), afresh=self.foresight.is_at_the_end(size))
 
     def check(self, size: int, mode: str) -> Trial:
         """One trial of a remembered answer, as a fresh start."""

@@ -60,7 +60,7 @@ class _WorkerExecutor:
             return Signature(text=None, reason=str(lost))
 
     def run(self, request: TrialRequest) -> Attempt:
-        if self._anew and self._worker is not None and self._worker.has_tried:
+        if (self._anew or request.afresh) and self._worker is not None and self._worker.has_tried:
             self._retire()
         attempt = self._agree(request, lambda: self._run(request))
         if not attempt.trial.fits:

@@ -38,6 +38,8 @@ class TrialRequest:
     """A name for that history; empty for a trial of the search."""
     refuses_collectives: bool = False
     """Whether a collective is an error: in a process that cannot be lost, it would wait for a rank that has failed."""
+    afresh: bool = False
+    """Whether a process that has tried nothing before is to run it, where trials have processes of their own."""
     records: bool = False
     """Whether to record what the steps allocate, where the device can."""
 

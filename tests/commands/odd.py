@@ -51,7 +51,7 @@ def shrink():
     while True:
         try:
             return train(n=n)
-        except torch.OutOfMemoryError:
+        except RuntimeError:  # torch.OutOfMemoryError is one
             n //= 2
 
 

@@ -133,6 +133,16 @@ def test_a_history_that_the_command_keeps_itself_is_left_to_it(log):
     assert done.trace is None
 
 
+def test_a_command_that_ends_early_while_it_is_recorded_ends_as_ever(log):
+    """With torch's profiler at work a process would crash at its end, and a crash would be taken for one of memory."""
+    code = (
+        "import sys, torch; model = torch.nn.Linear(1, 1); optimizer = torch.optim.SGD(model.parameters(), lr=0.1)\n"
+        "model(torch.ones(int(sys.argv[1]), 1)).sum().backward(); optimizer.step()"
+    )
+    (done,) = recorded([*CODE, code, "{batch_size}"], log, 2, device=HostDevice(memory_limit_bytes=GIB))
+    assert (done.trial.fits, done.trial.steps) == (True, 1)
+
+
 class TestEndings:
     def test_a_run_is_measured_and_leaves_after_its_steps(self, log):
         trial = attempt([*ODD, "train_with_adam", "{batch_size}"], log, 4).trial
@@ -233,6 +243,16 @@ def test_on_a_virtual_gpu_a_shrinking_batch_is_no_fit(log):
     assert (result.batch_size, result.smallest_failure) == (256, 512)
     assert any(SHRANK in note for note in result.notes)
     assert str(log) in result.environment["log"]
+
+
+def test_on_host_memory_neither(log):
+    """There the error is any RuntimeError, of which Python tells nobody who does not catch it."""
+    command = Command([*ODD, "shrink", "{batch_size}", "{scratch}"], log=log)
+    options = {"start": 32, "multiple_of": "pow2", "max_batch_size": 256}
+    result = find(command, device="cpu", memory_limit="256MiB", **options)
+    assert result.batch_size < 256
+    assert result.smallest_failure == 2 * result.batch_size
+    assert any(SHRANK in note for note in result.notes)
 
 
 @pytest.mark.slow

@@ -50,6 +50,13 @@ def test_two_do() -> None:
     assert not found.expects_failure_behind_small(93)
 
 
+def test_the_end_is_where_the_forecast_is_and_not_beyond() -> None:
+    found = recorded(attempt(1), attempt(3))
+    assert not found.is_at_the_end(92)  # nothing has been foretold
+    found.forecast(3)
+    assert [found.is_at_the_end(size) for size in (91, 92, 93)] == [False, True, False]
+
+
 def test_without_a_capacity_nothing_is_foretold() -> None:
     assert recorded(attempt(1), attempt(3), capacity_bytes=None).forecast(3) is None
 

@@ -62,6 +62,11 @@ def test_as_long_as_it_should_fit_a_trial_is_plain_and_recorded(inquiry: Inquiry
     assert (request.steps, request.sizes_before, request.records) == (3, (), True)
 
 
+@pytest.mark.parametrize(("size", "afresh"), [(59, False), (60, True), (61, False), (71, False)])
+def test_the_largest_that_should_fit_is_tried_as_training_begins(inquiry: Inquiry, size: int, afresh: bool) -> None:
+    assert asked(inquiry, size, Forecast(60, 60, 70)).afresh is afresh
+
+
 def test_what_should_fail_behind_small_batches_alone_is_asked_there(inquiry: Inquiry) -> None:
     request = asked(inquiry, 61, Forecast(60, 60, 70))
     assert (request.steps, request.sizes_before, request.records) == (3 + MORE_STEPS, (1, 1), False)

@@ -81,6 +81,14 @@ def test_a_worker_lives_across_fits_and_is_replaced_after_a_failure(child: Child
     assert child.run(request(20)).trial.fits
 
 
+def test_a_trial_that_is_to_run_afresh_has_a_worker_that_has_tried_nothing(child: ChildExecutor) -> None:
+    first = worker_of(child)
+    assert child.run(replace(request(1), afresh=True)).trial.fits
+    assert worker_of(child) == first
+    assert child.run(replace(request(2), afresh=True)).trial.fits
+    assert worker_of(child) != first
+
+
 def test_what_building_left_for_the_collector_is_gone_after_the_first_trial(child: ChildExecutor, how: Path) -> None:
     how.write_text("leaves_garbage")
     assert child.run(request(1)).trial.fits

@@ -169,6 +169,9 @@ class CommandExecutor:
             "limit_bytes": request.limit_bytes,
             "fraction": fraction,
             "records": request.records,
+            # On the host only the recorder tells of memory that was refused and that the command went on without. A
+            # run of many steps would fill what it takes itself.
+            "notices": self._kind == "cpu" and not request.history,
         }
 
     def _variables(self, folder: Path) -> Mapping[str, str]:
