@@ -89,10 +89,9 @@ def test_what_a_command_allocates_is_recorded_from_its_first_forward_pass(log):
     assert 0.97 * 4000 <= found.most <= 1.1 * 4000
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_on_host_memory_too(workers, log):
-    """Up to what the process has beside tensors, which a third run tells."""
-    words = [sys.executable, str(SCRIPTS / "plain.py"), *SIZES, "--workers", str(workers)]
+def test_on_host_memory_too(log):
+    """Up to what the process has beside tensors, which a third run tells. Batches of workers are no private data."""
+    words = [sys.executable, str(SCRIPTS / "plain.py"), *SIZES, "--workers", "2"]
     small, larger, large = recorded(words, log, 200, 300, 4000, device=HostDevice(memory_limit_bytes=GIB))
     assert small.trace is not None
     assert larger.trace is not None
