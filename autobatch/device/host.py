@@ -179,17 +179,17 @@ class HostDevice:
     @contextmanager
     def recording(self) -> Iterator[RecordedRun | None]:
         """Records inside what torch allocates. The thread that the profiler starts for it is none of the workload's."""
-        before_bytes = process.status_bytes().get("VmData", 0)
-        _move_limit(_RECORDER_AT_MOST_BYTES)
+        before_bytes, soft_bytes = process.status_bytes().get("VmData", 0), process.soft_limit_bytes()
+        _limit(soft_bytes, _RECORDER_AT_MOST_BYTES)
         with recording(host_history.begin(importlib.import_module("torch"))) as run:
             own_bytes = max(0, process.status_bytes().get("VmData", 0) - before_bytes)
-            _move_limit(own_bytes - _RECORDER_AT_MOST_BYTES)
+            _limit(soft_bytes, own_bytes)
             self._baseline = self._baseline._replace(data_bytes=self._baseline.data_bytes + own_bytes)
             try:
                 yield run
             finally:
                 if not self._is_restricted:  # else that ends with :meth:`restrict`, when peaks have been measured
-                    _move_limit(-own_bytes)
+                    _limit(soft_bytes)
 
     def measure(self) -> Measurement:
         memory, resident_bytes = psutil.virtual_memory(), process.peak_resident_bytes()
@@ -240,13 +240,13 @@ def _resource_module() -> ModuleType:
     return resource
 
 
-def _move_limit(by_bytes: int) -> None:
-    """Moves the limit on private data that is in force, if there is one."""
-    soft_bytes = process.soft_limit_bytes()
+def _limit(soft_bytes: int | None, more_bytes: int = 0) -> None:
+    """Makes ``soft_bytes`` the limit on private data, and so many more as the hard one allows; None where there was
+    none."""
     if soft_bytes is not None:
         resource = _resource_module()
         hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-        wanted = soft_bytes + by_bytes
+        wanted = soft_bytes + more_bytes
         resource.setrlimit(
             resource.RLIMIT_DATA, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)
         )

@@ -90,7 +90,7 @@ class Recorded:
         foretold = forecast(seen, self._capacity_bytes - self._beside_bytes(seen), smallest=smallest)
         if foretold is None or not self._is_of_host:
             return foretold
-        return replace(foretold, is_from_afar=_AFAR * max(self._peaks_bytes, default=larger) < foretold.least)
+        return replace(foretold, is_from_afar=_AFAR * self._fitted < foretold.least)
 
     def _beside_bytes(self, seen: Scaling) -> int:
         """What a process of the host takes beside torch's tensors, as the largest trial that fitted shows it. A GPU's

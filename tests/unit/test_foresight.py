@@ -125,7 +125,9 @@ def test_on_the_host_what_a_process_has_beside_tensors_is_as_at_the_largest_tria
 
 
 def test_on_the_host_peaks_that_are_not_known_say_nothing() -> None:
+    """As in a process that had more before: there a forecast from near is not one from afar for that."""
     assert recorded(of_host(1), of_host(40)).forecast(40) == Forecast(92, 92, 92)
+    assert recorded(of_host(1, 120 * MIB), of_host(40)).forecast(40).is_from_afar is False
 
 
 def test_on_the_host_no_more_is_recorded_than_it_takes() -> None:
