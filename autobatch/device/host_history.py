@@ -8,7 +8,7 @@ Uses the standard library alone, and the torch that it is given, for the start-u
 from __future__ import annotations
 
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -40,8 +40,11 @@ class History:
     def told(self) -> dict[str, Any] | None:
         """What happened and the allocations up to the end of each step, as :func:`autobatch.replay.trace.trace_of`
         takes them; None where it is not all there. Ends the history."""
+        results = self.end()
+        if results is None:
+            return None
         try:
-            entries, steps, self.ran_out = _read(self.end(), self._torch._C._profiler._EventType.Allocation)
+            entries, steps, self.ran_out = _read(results, self._torch._C._profiler._EventType.Allocation)
         except Exception:  # noqa: BLE001 - what is private may be anything, and the run has not failed
             return None
         if self.ran_out or len(entries) >= _MOST_ENTRIES or len(steps) != self._steps:
@@ -70,10 +73,10 @@ def begin(torch: Any) -> History | None:
         about = core.ProfilerConfig(
             core.ProfilerState.KINETO, False, True, False, False, False, core._ExperimentalConfig()
         )
-        activities, older = {core.ProfilerActivity.CPU}, torch.empty(1)
+        activities, scopes, older = {core.ProfilerActivity.CPU}, {core.RecordScope.USER_SCOPE}, torch.empty(1)
         with _silence():
             autograd._prepare_profiler(about, activities)
-            autograd._enable_profiler(about, activities, {core.RecordScope.USER_SCOPE})
+            autograd._enable_profiler(about, activities, scopes)
             del older  # of the first end of what is older than the profiler it warns
         return History(torch, threshold_bytes)
     except Exception:  # noqa: BLE001 - as above
@@ -85,11 +88,11 @@ def _silence() -> Iterator[None]:
     """Inside, nothing is heard of this process's errors: the profiler writes there that it begins and ends."""
     try:
         stderr = os.dup(2)
-    except OSError:  # closed
+    except OSError:  # it is closed, or there is no room for another file
         yield
         return
     try:
-        with open(os.devnull, "wb") as nowhere:
+        with suppress(OSError), open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), 2)
         yield
     finally:

@@ -211,3 +211,19 @@ def test_streams_are_counted_or_unknown(place: places.Place) -> None:
     place.use(SMALL)
     streams = place.device.streams()
     assert streams is None or streams <= 1
+
+
+def test_a_recording_tells_the_steps_or_nothing(place: places.Place) -> None:
+    """And a failure amid it is the caller's."""
+    with place.device.restrict(LARGE):
+        with place.device.recording() as run:
+            for _ in range(2):
+                place.use(SMALL)
+                if run is not None:
+                    run.step_ended()
+            trace = None if run is None else run.trace()
+        with place.device.recording():
+            run_out(place, 2 * LARGE)
+    if trace is not None:
+        assert len(trace.steps) == 2
+        assert max(trace.sizes) >= SMALL
