@@ -2,7 +2,8 @@
 
 The rules are those of ``c10/cuda/CUDACachingAllocator.cpp`` (torch 2.14) with its settings left alone: no expandable
 segments, no largest size to split, no rounding to powers of two. Given what torch's own was asked for, its peak of
-reserved bytes is the same, to the byte (tests/gpu/test_replay.py).
+reserved bytes is the same, to the byte (tests/gpu/test_replay.py). torch 2.11 takes the lowest of free blocks of one
+size, where 2.14 takes the oldest segment's: beside it the peak can be a small segment off.
 """
 
 from __future__ import annotations
