@@ -23,7 +23,7 @@ from autobatch.units import GIB
 from benchmarks import cells
 from benchmarks.measure import Place, environment, forked
 from benchmarks.peers import against, found_among, rows_here
-from benchmarks.records import as_text, file_for
+from benchmarks.records import as_text, file_for, others_of
 from benchmarks.searches import PEERS, import_all
 from benchmarks.tables import table
 
@@ -44,30 +44,35 @@ def place_of(name: str) -> tuple[Callable[..., Any], Place]:
 
 
 def run(names: Sequence[str], peers: Sequence[str], file: Path | None = None, *, truth: bool = True) -> dict[str, Any]:
-    """The rows of every cell that this GPU has the memory for, and the environment; in ``file`` as they come."""
+    """The rows of every cell that this GPU has the memory for, and the environment; in ``file`` as they come.
+
+    What is there of other cells and other peers stays behind them, with the date of its own.
+    """
     import_all()
     whole = Place(device=_DEVICE)
     known = environment(whole)
     free_bytes = forked(lambda: {"free": whole.open().budget_bytes()})["free"]
-    results: dict[str, Any] = {"environment": known, "rows": []}
     file = file or file_for("gpu", known)
+    kept = others_of(file, lambda row: row["cell"] not in names or row["peer"] not in peers)
+    results: dict[str, Any] = {"environment": known, "rows": kept}
+    measured = list[dict[str, Any]]()
     for name in names:
         build, place = place_of(name)
         if place.limit_bytes is not None and place.limit_bytes > free_bytes:
             print(f"{name}: left out, the GPU has {free_bytes} bytes free", file=sys.stderr)
             continue
-        before, rows = results["rows"], list[dict[str, Any]]()
+        rows = list[dict[str, Any]]()
         for peer in peers:
             found = rows_here(name, build, place, [peer])
             rows += found
-            results["rows"] = before + rows
+            results["rows"] = measured + rows + kept
             file.write_text(as_text(results))
             print("\n".join(json.dumps(row) for row in found), file=sys.stderr, flush=True)
-        if truth:
-            results["rows"] = before + against(found_among(rows, build, place), rows)
-            file.write_text(as_text(results))
+        measured += against(found_among(rows, build, place), rows) if truth else rows
+        results["rows"] = measured + kept
+        file.write_text(as_text(results))
     print(f"written: {file}", file=sys.stderr)
-    return results
+    return results | {"rows": measured}
 
 
 def main() -> None:

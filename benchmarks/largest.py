@@ -31,7 +31,7 @@ from autobatch.units import GIB
 from benchmarks.gpu import place_of
 from benchmarks.measure import Place, Task, environment, forked
 from benchmarks.peers import ROOT
-from benchmarks.records import as_text, file_for
+from benchmarks.records import as_text, file_for, others_of
 from benchmarks.searches import import_all
 
 CELLS = (
@@ -157,8 +157,7 @@ def run(names: Sequence[str], at_once: int, file: Path | None = None) -> dict[st
     """Measures the cells that this GPU has the memory for, and writes the file after each: others in it are kept."""
     here, known, lock = environment(Place(device=_DEVICE)), forked(about), threading.Lock()
     file, memory = file or file_for("largest", here), Shared(known["free_bytes"])
-    results = json.loads(file.read_text()) if file.exists() else {"rows": []}
-    results = {"environment": here, "rows": [row for row in results["rows"] if row["cell"] not in names]}
+    results = {"environment": here, "rows": others_of(file, lambda row: row["cell"] not in names)}
 
     def measure(cell: str) -> None:
         limit_bytes = place_of(cell)[1].limit_bytes

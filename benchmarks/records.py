@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,17 @@ def as_text(results: Mapping[str, Any]) -> str:
     """``results`` as JSON with a line for each row, so that a change of one is a line of a diff."""
     parts = []
     for key, value in results.items():
-        text = json.dumps(value, indent=1) if isinstance(value, dict) else _lines(value)
+        text = _lines(value) if isinstance(value, list) else json.dumps(value, indent=1)
         parts.append(f"{json.dumps(key)}: {text}")
     return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def others_of(file: Path, are_kept: Callable[[Mapping[str, Any]], bool]) -> list[dict[str, Any]]:
+    """The rows of ``file`` that are not about to be measured anew, each with the date when it was."""
+    if not file.exists():
+        return []
+    results = json.loads(file.read_text())
+    return [{"date": results["environment"]["date"], **row} for row in results["rows"] if are_kept(row)]
 
 
 def _lines(rows: Sequence[Any]) -> str:

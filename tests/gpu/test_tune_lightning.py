@@ -115,8 +115,16 @@ def test_a_resnet_in_mixed_precision_trains_at_what_was_found_and_not_at_more(
     failures = ooms()
     trainer.fit(module, training, evaluation)
     assert (trainer.global_step, module.sizes, ooms()) == (2, [found.batch_size] * 2, failures)
+    peaks = {t.batch_size: t.measurement for t in found.trials if t.fits and t.mode == "train" and t.measurement}
+    least, most = peaks[min(peaks)], peaks[found.batch_size]
+    assert most.capacity_bytes is not None
+    assert most.peak_reserved_bytes is not None
+    assert most.peak_reserved_bytes > 0.8 * most.capacity_bytes, found
+    # A little less than the budget's tenth more may run, with retries; what is larger than the card cannot.
+    sample_bytes = (most.peak_allocated_bytes - least.peak_allocated_bytes) / (found.batch_size - min(peaks))
+    too_many = found.batch_size + int(1.1 * (most.capacity_bytes / 0.9 - most.peak_allocated_bytes) / sample_bytes)
     with pytest.raises(torch.OutOfMemoryError):
-        trainer_of(**options).fit(module, images(4096, int(found.batch_size * 1.3), side))
+        trainer_of(**options).fit(module, images(4096, too_many, side))
 
 
 class Writer(lightning.LightningModule):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from autobatch.virtual.catalog import find_card
 from benchmarks import largest, outside, training, twins
 from benchmarks.gpu import place_of
 from benchmarks.measure import Place
-from benchmarks.records import RESULTS
+from benchmarks.records import RESULTS, as_text, others_of
 
 GPUS = {"nvidia_h200": "h200", "nvidia_h100_80gb_hbm3": "h100-80gb"}
 """Those with records, by the names of their files, and what the catalog calls them."""
@@ -84,6 +85,22 @@ def test_a_cell_without_an_answer_says_why() -> None:
     first, second = largest.table(rows).splitlines()[2:]
     assert "no time" in first
     assert "no memory" in second
+
+
+def test_what_is_not_measured_anew_is_kept_with_its_date(tmp_path: Path) -> None:
+    file, known = tmp_path / "gpu.json", {"date": "2026-11-26"}
+    assert others_of(file, lambda row: True) == []
+    cells = [("gpt2-16", "doubling"), ("gpt2-16", "accelerate"), ("gpt2-40", "doubling")]
+    rows = [{"cell": cell, "peer": peer, "answer": 7} for cell, peer in cells]
+    rows[2]["date"] = "2026-11-25"
+    file.write_text(as_text({"environment": known, "rows": rows}))
+    kept = others_of(file, lambda row: (row["cell"], row["peer"]) != cells[0])
+    assert kept == [rows[1] | {"date": "2026-11-26"}, rows[2]]
+
+
+def test_a_file_holds_more_than_rows() -> None:
+    results = {"environment": {"date": "2026-11-26"}, "rows": [{"batch_size": 1}], "rounds": 10, "training": []}
+    assert json.loads(as_text(results)) == results
 
 
 def test_the_virtual_card_of_a_cell() -> None:
