@@ -72,8 +72,8 @@ class Recording(Protocol):
     def step_ended(self) -> None:
         """Called after each step."""
 
-    def trace(self) -> Trace | None:
-        """What was asked for so far; None where nothing could be told from it."""
+    def finish(self) -> Trace | None:
+        """Records no more. Gives what was asked for; None where nothing could be told from it."""
 
 
 @runtime_checkable
@@ -134,7 +134,11 @@ class Device(Protocol):
         """On how many streams this process has memory now; None if unknown."""
 
     def recording(self) -> AbstractContextManager[Recording | None]:
-        """Records inside what the allocator is asked for; None where nobody can."""
+        """Records inside what the allocator is asked for; None where nobody can.
+
+        To be entered within :meth:`restrict`, and left before it: what the recorder takes is let through there, and is
+        no part of what :meth:`measure` tells until that ends.
+        """
 
     def measure(self) -> Measurement:
         """Peaks since :meth:`reset_peaks`. Retries, step time and capacity are the trial's to fill in."""

@@ -36,16 +36,29 @@ class History:
         self._before = self._of_this_gpu(torch.cuda.memory_snapshot())
         self._allocations_before, self._retries_before = self._allocations(), self._count("num_alloc_retries")
         self._steps: list[int] = []
+        self._is_over = False
 
     def step_ended(self) -> None:
         """Called after each step."""
         self._steps.append(self._allocations() - self._allocations_before)
 
-    def told(self) -> dict[str, Any] | None:
-        """The segments there were before, what happened since and the allocations up to the end of each step, as
-        :func:`autobatch.replay.trace.trace_of` takes them. None where it is not all there, or where another
-        allocator's rules would be in force.
+    def finish(self) -> dict[str, Any] | None:
+        """Ends this, and gives the segments there were before, what happened since and the allocations up to the end of
+        each step, as :func:`autobatch.replay.trace.trace_of` takes them. None where it is not all there, or where
+        another allocator's rules would be in force.
         """
+        try:
+            return None if self._is_over else self._told()
+        finally:
+            self.end()
+
+    def end(self) -> None:
+        """Records no more, and forgets what was."""
+        if not self._is_over:
+            self._is_over = True
+            _end(self._torch)
+
+    def _told(self) -> dict[str, Any] | None:
         try:
             snapshot = self._torch.cuda.memory._snapshot()
             entries = snapshot["device_traces"][self._index]
@@ -63,10 +76,6 @@ class History:
             return {"before": self._before, "entries": told, "steps": self._steps}
         except Exception:  # noqa: BLE001 - a private function may fail in any way, and the run has not
             return None
-
-    def end(self) -> None:
-        """Records no more, and forgets what was."""
-        _end(self._torch)
 
     def _of_this_gpu(self, segments: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [segment for segment in segments if segment["device"] == self._index]

@@ -13,8 +13,6 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import psutil
@@ -138,22 +136,20 @@ class HostDevice:
         if not limits:
             yield True
             return
-        resource = _resource_module()
+        _check_platform()
         idle_bytes, outer = self._baseline.data_bytes, (self._holes_bytes, self._is_restricted)
         self.release()
         holes_bytes = process.holes_bytes(min(limits)) if self._marks_peaks else 0
         data_bytes = idle_bytes + holes_bytes + min(limits)
-        soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        if soft != resource.RLIM_INFINITY:  # the user's own
-            data_bytes = min(data_bytes, soft)
-        resource.setrlimit(resource.RLIMIT_DATA, (data_bytes, hard))
+        users_bytes = process.soft_limit_bytes()
+        before_bytes = process.limit_data(data_bytes if users_bytes is None else min(data_bytes, users_bytes))
         try:
             self._holes_bytes, self._is_restricted = holes_bytes, True
             _check_limit(data_bytes)
             yield not holes_bytes
         finally:
             self._holes_bytes, self._is_restricted = outer
-            resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+            process.limit_data(before_bytes)
 
     def synchronize(self) -> None:
         """Nothing to wait for: CPU operators have finished when they return."""
@@ -164,10 +160,7 @@ class HostDevice:
     def reset_peaks(self) -> None:
         self._old_peak_bytes = 0
         self._old_space_bytes = process.status_bytes().get("VmPeak", 0)  # never reset: only one above it will be known
-        try:
-            Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM to what is resident now
-        except OSError:
-            # The mark stays where it is, so that only a peak above it will be known.
+        if not process.reset_resident_peak():  # then only a peak above the mark will be known
             self._old_peak_bytes, self._marks_peaks = process.peak_resident_bytes(), False
 
     def retries(self) -> None:
@@ -226,30 +219,19 @@ class HostDevice:
         return f"{format_bytes(self._default_budget_bytes)}, {part:.0%} of what is available{whose}"
 
 
-def _resource_module() -> ModuleType:
-    """Python's ``resource``, where it has the limit and ``/proc`` tells how far from it a process is."""
-    try:
-        resource = importlib.import_module("resource")
-    except ImportError:
-        resource = None
-    if resource is None or sys.platform != "linux" or "VmData" not in process.status_bytes():
+def _check_platform() -> None:
+    """Raises DeviceError unless there is the limit, and ``/proc`` to tell how far from it a process is."""
+    if sys.platform != "linux" or "VmData" not in process.status_bytes():
         raise DeviceError(
             f"host memory cannot be limited on this platform ({sys.platform}): that takes Linux, with /proc. "
             "Possible here: a GPU or another accelerator, or the same command in a Linux container or WSL 2"
         )
-    return resource
 
 
 def _limit(soft_bytes: int | None, more_bytes: int = 0) -> None:
-    """Makes ``soft_bytes`` the limit on private data, and so many more as the hard one allows; None where there was
-    none."""
+    """Makes ``soft_bytes`` and so many more the limit on private data; None where there was none."""
     if soft_bytes is not None:
-        resource = _resource_module()
-        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-        wanted = soft_bytes + more_bytes
-        resource.setrlimit(
-            resource.RLIMIT_DATA, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)
-        )
+        process.limit_data(soft_bytes + more_bytes)
 
 
 def _check_limit(data_bytes: int) -> None:

@@ -30,16 +30,16 @@ class History:
         self._torch, self._threshold_bytes = torch, threshold_bytes
         self._steps, self._is_over = 0, False
         self.ran_out = False
-        """Whether torch was refused memory, known once it is told."""
+        """Whether torch was refused memory, known once this is finished."""
 
     def step_ended(self) -> None:
         """Called after each step."""
         with self._torch.profiler.record_function(_STEP_ENDED):
             self._steps += 1
 
-    def told(self) -> dict[str, Any] | None:
-        """What happened and the allocations up to the end of each step, as :func:`autobatch.replay.trace.trace_of`
-        takes them; None where it is not all there. Ends the history."""
+    def finish(self) -> dict[str, Any] | None:
+        """Ends this, and gives what happened and the allocations up to the end of each step, as
+        :func:`autobatch.replay.trace.trace_of` takes them; None where it is not all there."""
         results = self.end()
         if results is None:
             return None
@@ -52,7 +52,7 @@ class History:
         return {"before": [], "entries": entries, "steps": steps, "mapped_from_bytes": self._threshold_bytes}
 
     def end(self) -> Any:
-        """Records no more; what the profiler has, None if it was asked before or is somebody else's by now."""
+        """Records no more. Gives what the profiler has, None if it was asked before or is somebody else's by now."""
         if self._is_over or not self._torch._C._autograd._profiler_enabled():
             return None
         self._is_over = True

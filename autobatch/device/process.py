@@ -143,6 +143,25 @@ def peak_data_bytes(*, above_space_bytes: int) -> int | None:
     return min(data_bytes, soft_limit_bytes() or data_bytes)
 
 
+def reset_resident_peak() -> bool:
+    """Lets the kernel's mark of resident memory begin anew; False where it cannot, and stays where it is."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM to what is resident now
+    except OSError:
+        return False
+    return True
+
+
+def limit_data(soft_bytes: int) -> int:
+    """Lets private data be ``soft_bytes`` at most, or what the hard limit allows; gives what it could be before."""
+    import resource
+
+    before, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    possible = soft_bytes if hard == resource.RLIM_INFINITY else min(soft_bytes, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (possible, hard))
+    return before
+
+
 def soft_limit_bytes() -> int | None:
     """The limit on private data that is in force; None where there is none."""
     try:

@@ -12,11 +12,17 @@ from autobatch.replay.trace import Trace, trace_of
 class History(Protocol):
     """What is allocated from its beginning to its end."""
 
+    place: str
+    """The device of the allocator: ``"cuda:0"``, ``"cpu"``."""
+    ran_out: bool
+    """Whether it refused memory without an error of Python's, known once the history is finished."""
+
     def step_ended(self) -> None:
         """Called after each step."""
 
-    def told(self) -> dict[str, Any] | None:
-        """All of it, as :func:`autobatch.replay.trace.trace_of` takes it; None where nothing could be told."""
+    def finish(self) -> dict[str, Any] | None:
+        """Ends it, and gives all of it as :func:`autobatch.replay.trace.trace_of` takes it; None where not all was
+        told, or where it has ended."""
 
     def end(self) -> None:
         """Records no more."""
@@ -29,8 +35,8 @@ class RecordedRun:
         self._history = history
         self.step_ended = history.step_ended
 
-    def trace(self) -> Trace | None:
-        told = self._history.told()
+    def finish(self) -> Trace | None:
+        told = self._history.finish()
         return None if told is None else trace_of(**told)
 
 

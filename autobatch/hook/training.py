@@ -36,6 +36,8 @@ class _Training:
         self.handles: list[Any] = []
         """Of hooks that wait for the first forward pass."""
         self.idle_resident_bytes: int | None = None
+        self.old_peak_bytes = 0
+        """What was resident at once before and may still be the kernel's mark."""
         self.idle_data_bytes = self.old_space_bytes = 0
         """What an idle process has of private data, and the most of the address space that was taken before."""
         self.has_holes = False
@@ -62,7 +64,7 @@ def attach(torch: Any, request: dict[str, Any]) -> None:
     _notice_errors(torch)
     if request["records"] and request["kind"] == "cuda":
         modules = sys.modules["torch.nn.modules.module"]
-        _training.handles.append(modules.register_module_forward_pre_hook(lambda module, inputs: _record()))
+        _training.handles.append(modules.register_module_forward_pre_hook(lambda module, inputs: _begin_history()))
     if request["kind"] == "cpu" and request["limit_bytes"] is not None:
         # The first forward pass: imports are done and the model is there. What is alive then counts as the workload's.
         modules = sys.modules["torch.nn.modules.module"]
@@ -77,30 +79,30 @@ def attach_anew(torch: Any, request: dict[str, Any]) -> None:
     if parent is not None:
         _training.handles = parent.handles
         _training.soft_limit_bytes = parent.soft_limit_bytes
-        _training.idle_resident_bytes = parent.idle_resident_bytes
+        _training.idle_resident_bytes, _training.old_peak_bytes = parent.idle_resident_bytes, parent.old_peak_bytes
         _training.idle_data_bytes, _training.old_space_bytes = parent.idle_data_bytes, parent.old_space_bytes
         _training.has_holes = parent.has_holes
 
 
 def _stepped(optimizer: Any, args: Any, kwargs: Any) -> None:
-    state, record = _training, trial.record
+    state, report = _training, trial.report
     if state is None:
         return
     if state.optimizer is None or state.optimizer() is None:
         state.optimizer = weakref.ref(optimizer)
     if state.optimizer() is not optimizer:
         return
-    if state.out_of_memory and not record["done"]:
-        record.update(caught=state.out_of_memory, **measure())
+    if state.out_of_memory and not report["done"]:
+        report.update(caught=state.out_of_memory, **measure())
         _finish()
-    if not record["done"]:
-        _count(state, record)
-    if record["steps"] >= state.request["steps"]:
+    if not report["done"]:
+        _count(state, report)
+    if report["steps"] >= state.request["steps"]:
         _finish()
 
 
-def _record() -> None:
-    """Records from the first forward pass on a GPU: before it nothing tells where that will be."""
+def _begin_history() -> None:
+    """Allocations are recorded from the first forward pass on a GPU: before it nothing tells where that will be."""
     state = _training
     if state is None or state.torch.compiler.is_compiling() or not state.torch.cuda.is_initialized():
         return
@@ -108,31 +110,31 @@ def _record() -> None:
     state.history = trial.load("device/cuda_history").begin(state.torch, state.torch.cuda.current_device())
 
 
-def _count(state: _Training, record: dict[str, Any]) -> None:
+def _count(state: _Training, report: dict[str, Any]) -> None:
     cuda = state.torch.cuda
     if cuda.is_initialized():
         cuda.synchronize()
     if state.history is not None:
         state.history.step_ended()
     now_s = time.perf_counter()
-    record.setdefault("step_times_s", []).append(now_s - state.began_s)
-    record.setdefault("retries", []).append(_retries(cuda))
-    record.update(steps=record["steps"] + 1, ranks=_ranks(state.torch), **measure())
+    report.setdefault("step_times_s", []).append(now_s - state.began_s)
+    report.setdefault("retries", []).append(_retries(cuda))
+    report.update(steps=report["steps"] + 1, ranks=_ranks(state.torch), **measure())
     state.began_s = now_s
     trial.write()
 
 
 def _finish() -> NoReturn:
     """Puts the measurement on disk and ends the command, again and again if the command goes on."""
-    state, record = _training, trial.record
+    state, report = _training, trial.report
     assert state is not None
-    if not record["done"]:
-        if state.history is not None and record.get("device") == state.history.place:
-            told = state.history.told()
+    if not report["done"]:
+        if state.history is not None and report.get("device") == state.history.place:
+            told = state.history.finish()
             trial.write_beside("history", told if state.request["records"] else None)
             if state.history.ran_out:
-                record["caught"] = "DefaultCPUAllocator: can't allocate memory"
-        record.update(done=True, samples=_samples(state.request["batch_size"]))
+                report["caught"] = "DefaultCPUAllocator: can't allocate memory"
+        report.update(done=True, samples=_samples(state.request["batch_size"]))
         trial.write()
         # A last look for garbage among all that torch has made would take half a second; what this run has made is
         # thrown away, and a process that goes on is ended.
@@ -174,7 +176,7 @@ def measure() -> dict[str, Any]:
             }
     process = trial.load("device/process")
     resident_bytes, idle_bytes = process.peak_resident_bytes(), state.idle_resident_bytes
-    known = resident_bytes > 0 and idle_bytes is not None  # zero: a system that keeps no such mark
+    known = resident_bytes > state.old_peak_bytes and idle_bytes is not None  # zero: a system that keeps no such mark
     data_bytes = process.peak_data_bytes(above_space_bytes=state.old_space_bytes) if state.idle_data_bytes else None
     return {
         "device": "cpu",
@@ -192,8 +194,6 @@ def _limit_host() -> None:
     state.remove_handles()
     if state.soft_limit_bytes is not None:
         return
-    import resource
-
     # Before the limit, for it takes memory of its own. It ends in the thread where it began, and must: a process that
     # ends with torch's profiler at work crashes.
     is_wanted = state.request["records"] or state.request["notices"]
@@ -203,29 +203,21 @@ def _limit_host() -> None:
             atexit.register(state.history.end)
     process = trial.load("device/process")
     data_bytes, state.idle_resident_bytes = process.idle_bytes()
-    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     limit_bytes = state.request["limit_bytes"]
     holes_bytes = process.holes_bytes(limit_bytes)
-    try:
-        with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
-            file.write("5")  # proc(5): resets VmHWM to what is resident now
-    except OSError:
-        # The peak of the imports cannot be told from one of the training, nor what finds its place in the holes.
-        state.idle_resident_bytes, holes_bytes = None, 0
+    if not process.reset_resident_peak():
+        # A peak of the imports hides a smaller one of the training, and what finds its place in the holes.
+        state.old_peak_bytes, holes_bytes = process.peak_resident_bytes(), 0
     state.has_holes = holes_bytes > 0
     state.idle_data_bytes, state.old_space_bytes = data_bytes + holes_bytes, process.status_bytes().get("VmPeak", 0)
-    wanted = data_bytes + holes_bytes + limit_bytes
-    resource.setrlimit(resource.RLIMIT_DATA, (wanted if soft == resource.RLIM_INFINITY else min(wanted, soft), hard))
-    state.soft_limit_bytes = soft
+    users_bytes, data_bytes = process.soft_limit_bytes(), data_bytes + holes_bytes + limit_bytes
+    state.soft_limit_bytes = process.limit_data(data_bytes if users_bytes is None else min(data_bytes, users_bytes))
 
 
 def lift_limit() -> None:
     state = _training
     if state is not None and state.soft_limit_bytes is not None:
-        import resource
-
-        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-        resource.setrlimit(resource.RLIMIT_DATA, (state.soft_limit_bytes, hard))
+        trial.load("device/process").limit_data(state.soft_limit_bytes)
 
 
 def _notice_errors(torch: Any) -> None:

@@ -1,7 +1,8 @@
 """Makes this process part of a trial: it ends with its prober, tells how it fails, and its training is counted.
 
 The prober and the processes of its command share one folder. ``request.json`` says what to do; ``alive`` is a pipe that
-the prober holds open and never writes to; each process writes ``PID.json``, whole or not at all.
+the prober holds open and never writes to; each process writes ``PID.json``, whole or not at all, and
+``PID.history`` where its allocations were recorded.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 _FOLDER = os.environ.get("AUTOBATCH_TRIAL", "")
 _FRACTION = "per_process_memory_fraction"  # a setting of torch's caching allocators, in force from their first byte
 
-record: dict[str, Any] = {}
+report: dict[str, Any] = {}
 """What the prober will read of this process."""
 
 
@@ -45,12 +46,12 @@ def start(loader: Callable[[str], Any]) -> None:
 
 
 def write() -> None:
-    """Puts :data:`record` on disk, in one piece."""
-    load("hook/report").write_report(_FOLDER, record)
+    """Puts :data:`report` on disk, in one piece."""
+    load("hook/report").write_report(_FOLDER, report)
 
 
 def write_beside(kind: str, told: Any) -> None:
-    """Puts ``told`` on disk beside :data:`record`, in one piece; nothing if there is nothing to tell."""
+    """Puts ``told`` on disk beside :data:`report`, in one piece; nothing if there is nothing to tell."""
     if told is not None:
         load("hook/report").write_report(_FOLDER, told, kind)
 
@@ -66,9 +67,9 @@ def _open_pipe() -> int:
 
 
 def _begin(pipe: int) -> None:
-    """A process begins, by being started or by a fork: its record is empty, and it looks after its own end."""
-    record.clear()
-    record.update(pid=os.getpid(), command=list(sys.orig_argv), steps=0, done=False)
+    """A process begins, by being started or by a fork: its report is empty, and it looks after its own end."""
+    report.clear()
+    report.update(pid=os.getpid(), command=list(sys.orig_argv), steps=0, done=False)
     threading.Thread(target=_end_with_prober, args=(pipe,), name="autobatch", daemon=True).start()
 
 
@@ -102,13 +103,13 @@ def _hear_failures() -> None:
 
 def note_failure(exc: BaseException | None) -> None:
     """Writes down what ``exc``, which ends this process, says about memory."""
-    if exc is None or record["done"] or "failure" in record or isinstance(exc, (SystemExit, KeyboardInterrupt)):
+    if exc is None or report["done"] or "failure" in report or isinstance(exc, (SystemExit, KeyboardInterrupt)):
         return
     training = sys.modules.get("_autobatch_training")
     if training is not None:
         training.lift_limit()  # so that there is memory to tell that there was none
-        record.update(training.measure())
-    record["failure"] = _described(exc)
+        report.update(training.measure())
+    report["failure"] = _described(exc)
     write()
 
 

@@ -8,9 +8,10 @@ from typing import Any
 from torch import nn
 
 from autobatch.integrations.loaders import Source
+from autobatch.probe.search.within import Extent
 from autobatch.probe.state import preserved
 from autobatch.probe.workload import Workload
-from autobatch.probe.workload.data import Batches, DatasetBatches, Extent
+from autobatch.probe.workload.data import Batches, DatasetBatches
 from autobatch.probe.workload.forward import device_of
 
 

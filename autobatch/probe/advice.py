@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from autobatch.device.host import missing_settings
+from autobatch.probe.executor import LocalExecutor
+from autobatch.probe.isolation import ForkExecutor
 from autobatch.result import BatchSizeResult
 from autobatch.units import format_bytes
 
-_AS_STARTED = ("this process", "forks of this process")
+_AS_STARTED = (LocalExecutor.where, ForkExecutor.where)
 """Of ``environment["trials_in"]``: places that have the malloc with which the caller's process was started."""
 
 FRAGMENTED = 1.05

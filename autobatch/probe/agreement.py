@@ -19,10 +19,10 @@ from autobatch.device.oom import first_line
 from autobatch.errors import AutobatchError, DoesNotFitError, InvalidArgumentError, RankError, WorkloadFailedError
 from autobatch.probe.executor import Setting
 from autobatch.probe.processes.errors import StrandedError
-from autobatch.probe.processes.worker import portable
+from autobatch.probe.processes.messages import portable
+from autobatch.probe.search.within import Extent
 from autobatch.probe.state import interrupts_deferred
 from autobatch.probe.trial import Attempt, TrialRequest
-from autobatch.probe.workload.data import Extent
 from autobatch.ranks import Ranks
 from autobatch.replay.forecast import Forecast
 from autobatch.result import BatchSizeResult, Trial

@@ -13,9 +13,9 @@ import torch
 
 from autobatch import __version__
 from autobatch.device.base import Device
+from autobatch.probe.search.within import Extent
 from autobatch.probe.trial import Attempt, TrialRequest, clean_up, run_trial
 from autobatch.probe.workload import Workload
-from autobatch.probe.workload.data import Extent
 from autobatch.probe.workload.signature import Signature, signature_of
 
 

@@ -19,7 +19,7 @@ from autobatch.probe.command import Command
 from autobatch.probe.command.executor import CommandExecutor
 from autobatch.probe.executor import Executor, LocalExecutor, Setting
 from autobatch.probe.foresight import RECORDABLE
-from autobatch.probe.guess import WITHIN_S, Twin, short_of, twin_ahead, twin_of, virtual_guess
+from autobatch.probe.guess import WITHIN_S, Guess, Twin, short_of, twin_ahead, twin_of, virtual_guess
 from autobatch.probe.inquiry import (
     FRESH_AT_THE_EDGE,
     SHUFFLES,
@@ -51,8 +51,8 @@ class _Question:
     """What find() was asked, checked. The names are its own."""
 
     source: Source
-    rounding: dict[str, Any]
-    limits: dict[str, Any]
+    options: dict[str, Any]
+    """Those of the search, by their names."""
     first_size: int
     first_guess: int | None
     headroom: float
@@ -65,15 +65,14 @@ class _Question:
     @property
     def identity(self) -> dict[str, Any]:
         """What an answer in the cache depends on, beside the workload and the device."""
-        options = {name: self.rounding[name] for name in ("multiple_of", "max_batch_size")}
-        options |= {"steps": self.steps, "headroom": self.headroom, "limit_bytes": self.limit_bytes}
-        return options | {"avoid_oom": self.limits["avoid_oom"]}
+        options = {name: self.options[name] for name in ("multiple_of", "max_batch_size", "avoid_oom")}
+        return options | {"steps": self.steps, "headroom": self.headroom, "limit_bytes": self.limit_bytes}
 
     @property
     def of_all_ranks(self) -> dict[str, Any]:
         """What ranks must have been asked alike to go the same way."""
         first = {"first_guess": self.first_guess, "headroom": self.headroom, "steps": self.steps}
-        return self.rounding | self.limits | first
+        return self.options | first
 
 
 def find(
@@ -155,15 +154,20 @@ def find(
             max_batch_size = within_effective_batch(
                 workload.effective_batch_size, max_batch_size=max_batch_size, multiple_of=multiple_of
             )
-        rounding = {"multiple_of": multiple_of, "growth": growth, "max_batch_size": max_batch_size, "start": start}
-        limits = {"avoid_oom": avoid_oom, "time_limit_s": time_limit_s}
-        permitted = check_arguments(**rounding, **limits, first_guess=first_guess)  # type: ignore[arg-type]
+        options: dict[str, Any] = {
+            "multiple_of": multiple_of,
+            "growth": growth,
+            "max_batch_size": max_batch_size,
+            "start": start,
+            "avoid_oom": avoid_oom,
+            "time_limit_s": time_limit_s,
+        }
+        permitted = check_arguments(**options, first_guess=first_guess)
         _check(headroom=headroom, steps=steps, isolate=isolate, per_rank=per_rank, on_trial=on_trial)
         first = max(1, permitted.rank(start))
         question = _Question(
             source=source_of(workload, state),
-            rounding=rounding,
-            limits=limits,
+            options=options,
             first_size=permitted.size(first if max_batch_size is None else min(first, permitted.rank(max_batch_size))),
             first_guess=first_guess,
             headroom=headroom,
@@ -174,22 +178,22 @@ def find(
             started_s=started_s,
         )
         together.begin({"per_rank": per_rank} | ({} if per_rank else question.of_all_ranks))
-        place = shared(resolve_device(device, memory_limit_bytes=question.limit_bytes), together)
+        device = shared(resolve_device(device, memory_limit_bytes=question.limit_bytes), together)
         agreed = Agreement() if per_rank else together
-        may_guess = first_guess is None and not together.ranks.are_several
+        may_begin_ahead = first_guess is None and not together.ranks.are_several
         with (
-            locked(place, together),
-            twin_ahead(question.source, place) if may_guess else nullcontext() as ahead,
-            executor_of(question.source, place, isolate, agreed, together) as executor,
+            locked(device, together),
+            twin_ahead(question.source, device) if may_begin_ahead else nullcontext() as ahead,
+            executor_of(question.source, device, isolate, agreed, together) as executor,
         ):
-            found = _found(question, place, executor, agreed, together, ahead)
-        found = replace(found, notes=(*found.notes, *_notes_of_ranks(question, place, agreed, together)))
+            found = _found(question, device, executor, agreed, together, ahead)
+        found = replace(found, notes=(*found.notes, *_notes_of_ranks(question, device, agreed, together)))
         return together.finish_each(found) if per_rank else together.finish(found)
 
 
 def _found(
     question: _Question,
-    place: Device,
+    device: Device,
     executor: Executor,
     agreed: Agreement,
     together: Agreement,
@@ -198,40 +202,42 @@ def _found(
     """What the search says, or the cache."""
     source, limit_bytes = question.source, question.limit_bytes
     own = agreed.ask("the workload", executor.setting)[agreed.ranks.rank]
-    inquiry = _inquiry(question, place, executor, own, agreed)
+    inquiry = _inquiry(question, device, executor, own, agreed)
     if together.ranks.are_several and isinstance(executor, (LocalExecutor, ForkExecutor)):
         inquiry.look(question.first_size)
     options = {**question.identity, "isolated": not isinstance(executor, LocalExecutor)}
     answers = None if agreed.ranks.are_several else question.answers
     recall = Recall(
-        answers, executor, own, least(own.budget_bytes, limit_bytes), start=question.rounding["start"], options=options
+        answers, executor, own, least(own.budget_bytes, limit_bytes), start=question.options["start"], options=options
     )
     about_limit = limit_notes(limit_bytes, own.budget_bytes, own.environment)
     if (known := recall.answer(inquiry.check)) is not None:
         notes = (*known.notes, *about_limit)
         return replace(known, notes=notes, duration_s=time.monotonic() - question.started_s)
-    guess, ceiling = recall.first_guess or question.first_guess, None
-    if guess is None:
-        first = agreed.by_narrowest("a first guess", lambda: _guess(question, inquiry, ahead))
-        guess, said, inquiry.smallest = first
-        recall.notes += [said] if said else []
-        inquiry.records &= guess is None  # a GPU that is not there has run it all, kernels' workspaces included
-        if guess is not None and question.limits["avoid_oom"]:
-            guess, ceiling = short_of(guess, own.environment), guess
-    answer = inquiry.search(question.rounding | question.limits, first_guess=guess, ceiling=ceiling)
+    first_guess, ceiling = recall.first_guess or question.first_guess, None
+    guess, said = None, ""
+    if first_guess is None:
+        guess, said = agreed.by_narrowest("a first guess", lambda: _guess(question, inquiry, ahead))
+    if guess is not None:
+        # A GPU that is not there has run it all, kernels' workspaces included: recorded trials would tell no more.
+        inquiry.records, inquiry.smallest = False, guess.smallest
+        first_guess = guess.batch_size
+        if question.options["avoid_oom"]:
+            first_guess, ceiling = short_of(first_guess, own.environment), first_guess
+    answer = inquiry.search(question.options, first_guess=first_guess, ceiling=ceiling)
     result = inquiry.result(answer, question.headroom, limit_bytes, time.monotonic() - question.started_s)
     if isinstance(executor, CommandExecutor):
         result = executor.completed(result)
     if isinstance(executor, LocalExecutor) and isinstance(source, Workload) and not source.stateful:
         result = replace(result, notes=(*result.notes, NOT_RESTORED))
     recall.keep(result)
-    return replace(result, notes=(*result.notes, *recall.notes, *about_limit))
+    return replace(result, notes=(*result.notes, *recall.notes, *([said] if said else []), *about_limit))
 
 
-def _inquiry(question: _Question, place: Device, executor: Executor, own: Setting, agreed: Agreement) -> Inquiry:
-    """The question at this place: each rank's trials may have what it has itself, and all know what the least is."""
+def _inquiry(question: _Question, device: Device, executor: Executor, own: Setting, agreed: Agreement) -> Inquiry:
+    """The question on this device: each rank's trials may have what it has itself, and all know what the least is."""
     limit_bytes, headroom = question.limit_bytes, question.headroom
-    anew = place.isolation().anew
+    anew = device.isolation().anew
     withheld = withheld_of_host(least(own.budget_bytes, limit_bytes)) if anew else 0.0
     capacity_bytes = capacity(own, limit_bytes, max(headroom, withheld))
     return Inquiry(
@@ -243,7 +249,7 @@ def _inquiry(question: _Question, place: Device, executor: Executor, own: Settin
         fresh=max(agreed.exchange("fresh starts", FRESH_AT_THE_EDGE if anew and not headroom else 1)),
         capacity_bytes=capacity_bytes,
         least_capacity_bytes=least(*agreed.exchange("the capacity", capacity_bytes)),
-        is_restricted=headroom > 0 or limit_bytes is not None or not place.ends_by_itself,
+        is_restricted=headroom > 0 or limit_bytes is not None or not device.ends_by_itself,
         on_trial=question.on_trial,
         clock=agreed.clock,
         agree_forecast=agreed.forecast,
@@ -251,29 +257,24 @@ def _inquiry(question: _Question, place: Device, executor: Executor, own: Settin
     )
 
 
-def _guess(question: _Question, inquiry: Inquiry, ahead: Twin | None) -> tuple[int | None, str, int | None]:
-    """What a virtual GPU of the same size answers, a sentence about it, and the smallest batch that ran there; None
-    where there can be none."""
-    card = twin_of(inquiry.setting, of_virtual=question.limits["avoid_oom"])
+def _guess(question: _Question, inquiry: Inquiry, ahead: Twin | None) -> tuple[Guess | None, str]:
+    """What a virtual GPU of the same size answers, and a sentence about it; None where there can be none."""
+    card = twin_of(inquiry.setting, of_virtual=question.options["avoid_oom"])
     if card is None:
-        return None, "", None
-    # What fails there harms nobody.
-    options = question.rounding | question.limits | {"avoid_oom": False}
+        return None, ""
+    options = question.options | {"avoid_oom": False}  # what fails there harms nobody
     ahead = ahead if ahead is not None and ahead.stands_for(inquiry.setting) else None
     limit_s = options["time_limit_s"]
     options["time_limit_s"] = WITHIN_S if limit_s is None else min(WITHIN_S, limit_s)
-    smallest = None
 
-    def search(twin: Executor) -> int:
-        nonlocal smallest
+    def search(twin: Executor) -> Guess:
         there = inquiry.elsewhere(twin)
         answers = there.search(options, first_guess=None)
-        mode = next(iter(answers))
-        smallest = min(trial.batch_size for trial in there.trials if trial.fits and trial.mode == mode)
-        return next(iter(answers.values())).batch_size
+        mode, answer = next(iter(answers.items()))
+        ran = [trial.batch_size for trial in there.trials if trial.fits and trial.mode == mode]
+        return Guess(batch_size=answer.batch_size, smallest=min(ran))
 
-    guess, said = virtual_guess(question.source, card, search, ahead)
-    return guess, said, smallest
+    return virtual_guess(question.source, card, search, ahead)
 
 
 def _notes_of_ranks(question: _Question, device: Device, agreed: Agreement, together: Agreement) -> list[str]:

@@ -22,6 +22,8 @@ _AFAR = 8  # so many times a size, what a process has beside tensors may be more
 class Recorded:
     """The recorded trials of one search. Meets :class:`~autobatch.probe.search.bracket.Foresight`.
 
+    The search asks for a :meth:`forecast` before it asks for a size; the other methods speak of the last one.
+
     Args:
         capacity_bytes: what the trials may have here; None if unknown, and then nothing is foretold.
         steps: how many of each trial count.
@@ -60,7 +62,7 @@ class Recorded:
         return any(recorded <= size for recorded in self._traces)
 
     def forecast(self, size: int) -> Forecast | None:
-        """Where memory ends: by the largest trial of at most ``size`` that was recorded, and the next larger one that
+        """Where memory ends, which all ranks that search together must ask: by the largest trial of at most ``size`` that was recorded, and the next larger one that
         ran but did not fit, between which it ends; or if there is none, by the next smaller one.
         """
         own = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from autobatch.device import nvml
@@ -31,6 +32,15 @@ SHORT = 0.97
 
 WITHIN_S = 60.0
 """A guess that takes longer saves nothing: most real searches are over by then."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Guess:
+    """What a virtual GPU answers."""
+
+    batch_size: int
+    smallest: int
+    """The smallest batch that ran there."""
 
 
 def short_of(guess: int, environment: Mapping[str, Any]) -> int:
@@ -130,8 +140,8 @@ def _card_ahead(device: Device) -> str | None:
 
 
 def virtual_guess(
-    source: Source, card: str, search: Callable[[Executor], int], ahead: Twin | None = None
-) -> tuple[int | None, str]:
+    source: Source, card: str, search: Callable[[Executor], Guess], ahead: Twin | None = None
+) -> tuple[Guess | None, str]:
     """What ``search`` answers on the virtual ``card``, and a sentence about it. None if it comes to no answer, and no
     sentence if ``source`` cannot be had in another process.
 
@@ -147,7 +157,7 @@ def virtual_guess(
             guess = search(twin.executor)
     except Exception as exc:  # noqa: BLE001 - a workload may fail in any way where all values are zero
         return None, f"A virtual GPU could not be asked for a first guess ({type(exc).__name__})."
-    return guess, f"A virtual GPU of the same size answers {guess}: the search began from there."
+    return guess, f"A virtual GPU of the same size answers {guess.batch_size}: the search began from there."
 
 
 def _there(source: Source, device: VirtualGPU) -> Executor | None:

@@ -14,8 +14,8 @@ from autobatch.probe.advice import fragmentation_notes, malloc_notes
 from autobatch.probe.executor import Executor, Setting
 from autobatch.probe.foresight import Recorded
 from autobatch.probe.search import SearchAnswer
+from autobatch.probe.search.within import search_within
 from autobatch.probe.trial import Attempt, TrialRequest
-from autobatch.probe.workload.data import search_within
 from autobatch.replay.forecast import Forecast
 from autobatch.result import SHUFFLED, BatchSizeResult, Trial
 from autobatch.units import MIB, format_bytes
@@ -57,21 +57,21 @@ class Inquiry:
     on_trial: Callable[[Trial], None] | None
     clock: Callable[[], float] = time.monotonic
     """Seconds, for a limit of time."""
-    trials: list[Trial] = field(default_factory=list)
-    confirmation: list[Trial] = field(default_factory=list)
-    suspects: dict[int, BaseException] = field(default_factory=dict)
-    doubts: list[str] = field(default_factory=list)
-    checked: dict[tuple[int, str], Attempt] = field(default_factory=dict)
-    """By size and mode: trials of a remembered answer, which the search need not repeat."""
-    foresight: Recorded | None = None
-    """What the trials of the search that runs tell of others; None where they are not recorded."""
     agree_forecast: Callable[[Forecast | None], Forecast | None] = lambda own: own
     """What a forecast means where other ranks have theirs."""
     records: bool = True
     """Whether trials are recorded, to tell from them what sizes need that were never run."""
     smallest: int | None = None
     """The smallest batch that ran in another place; None if none did."""
-    trained: int | None = None
+    trials: list[Trial] = field(default_factory=list, init=False)
+    confirmation: list[Trial] = field(default_factory=list, init=False)
+    _suspects: dict[int, BaseException] = field(default_factory=dict, init=False)
+    _doubts: list[str] = field(default_factory=list, init=False)
+    _checked: dict[tuple[int, str], Attempt] = field(default_factory=dict, init=False)
+    """By size and mode: trials of a remembered answer, which the search need not repeat."""
+    _foresight: Recorded | None = field(default=None, init=False)
+    """What the trials of the search that runs tell of others; None where they are not recorded."""
+    _trained: int | None = field(default=None, init=False)
     """The batch that training takes, where evaluation comes amid it."""
 
     def elsewhere(self, executor: Executor) -> Inquiry:
@@ -105,9 +105,9 @@ class Inquiry:
         """
         answers: dict[str, SearchAnswer] = {}
         for mode in ("train", "eval") if self.setting.mode == "both" else (self.setting.mode,):
-            self.suspects.clear()
-            self.trained = answers["train"].batch_size if answers else None
-            self.foresight = Recorded(self.capacity_bytes, self.steps, self.agree_forecast) if self.records else None
+            self._suspects.clear()
+            self._trained = answers["train"].batch_size if answers else None
+            self._foresight = Recorded(self.capacity_bytes, self.steps, self.agree_forecast) if self.records else None
             try:
                 answers[mode] = search_within(
                     self.setting.data.get(mode),
@@ -115,14 +115,14 @@ class Inquiry:
                     lambda size, mode=mode: self._confirm(size, mode),  # type: ignore[misc]
                     capacity_bytes=self.least_capacity_bytes,
                     clock=self.clock,
-                    first_guess=self.trained or first_guess,
-                    ceiling=None if self.trained else ceiling,
-                    foresight=self.foresight,
+                    first_guess=self._trained or first_guess,
+                    ceiling=None if self._trained else ceiling,
+                    foresight=self._foresight,
                     **options,
                 )
             except DoesNotFitError as error:
                 raise self._explained(error) from None
-            self.doubts += of_mode(mode, self._doubtful())
+            self._doubts += of_mode(mode, self._doubtful())
         return answers
 
     def result(
@@ -139,18 +139,18 @@ class Inquiry:
             headroom=headroom,
             budget_bytes=least(self.setting.budget_bytes, limit_bytes),
             environment={**self.setting.environment, "workload": self.setting.name, "trials_in": self.executor.where},
-            notes=(*(note for mode, found in answers.items() for note in of_mode(mode, found.notes)), *self.doubts),
+            notes=(*(note for mode, found in answers.items() for note in of_mode(mode, found.notes)), *self._doubts),
             duration_s=duration_s,
         )
         return replace(result, notes=(*result.notes, *fragmentation_notes(result), *malloc_notes(result)))
 
     def _ask(self, size: int, mode: str) -> Trial:
-        checked = self.checked.pop((size, mode), None)
+        checked = self._checked.pop((size, mode), None)
         attempt = checked or self.executor.run(self._searching(size, mode))
-        if self.foresight is not None:
-            self.foresight.learn(attempt)
+        if self._foresight is not None:
+            self._foresight.learn(attempt)
         if attempt.suspect is not None:
-            self.suspects[size] = attempt.suspect
+            self._suspects[size] = attempt.suspect
         if checked is None:
             self.trials.append(self._told(attempt.trial))
         return attempt.trial
@@ -158,25 +158,25 @@ class Inquiry:
     def _searching(self, size: int, mode: str) -> TrialRequest:
         """A trial of the search. A size that is foretold to fail runs what it is foretold to fail in."""
         # One sample is enough for an evaluation to meet the optimizer's state.
-        before = () if self.trained is None else (self._small("train", self.trained),)
-        if self.foresight is None:
+        before = () if self._trained is None else (self._small("train", self._trained),)
+        if self._foresight is None:
             return self._request(size, mode, self.steps, before)
-        steps = self.steps + self.foresight.more_steps(size)
-        if self.executor.begins_small and self.foresight.expects_failure_behind_small(size):
+        steps = self.steps + self._foresight.more_steps(size)
+        if self.executor.begins_small and self._foresight.expects_failure_behind_small(size):
             return self._request(size, mode, steps, (*before, *self._two_small(size, mode)))
         request = self._request(size, mode, steps, before)
-        return replace(request, records=self.foresight.wants(), afresh=self.foresight.is_at_the_end(size))
+        return replace(request, records=self._foresight.wants(), afresh=self._foresight.is_at_the_end(size))
 
     def check(self, size: int, mode: str) -> Trial:
         """One trial of a remembered answer, as a fresh start."""
         attempt = self.executor.confirm((self._fresh(size, mode),))[-1]
-        self.checked[size, mode] = attempt
+        self._checked[size, mode] = attempt
         self.trials.append(self._told(attempt.trial))
-        self.trained = size if (self.setting.mode, mode) == ("both", "train") else None
+        self._trained = size if (self.setting.mode, mode) == ("both", "train") else None
         return attempt.trial
 
     def _fresh(self, size: int, mode: str) -> TrialRequest:
-        before = () if self.trained is None else (self.trained,)
+        before = () if self._trained is None else (self._trained,)
         return replace(self._request(size, mode, CONFIRM_STEPS, before), history="a fresh start")
 
     def _confirm(self, size: int, mode: str) -> Trial:
@@ -192,7 +192,7 @@ class Inquiry:
 
     def _two_small(self, size: int, mode: str) -> tuple[int, int]:
         """The small batches that come before one of ``size``, as the last of an epoch may."""
-        small = self._small(mode, size) if self.trained is None else self._small("train", self.trained)
+        small = self._small(mode, size) if self._trained is None else self._small("train", self._trained)
         return small, small
 
     def _small(self, mode: str, size: int) -> int:
@@ -215,16 +215,16 @@ class Inquiry:
 
     def _doubtful(self) -> tuple[str, ...]:
         """Names the smallest failure that was not surely one of memory."""
-        if not self.suspects:
+        if not self._suspects:
             return ()
-        size, error = min(self.suspects.items(), key=lambda known: known[0])
+        size, error = min(self._suspects.items(), key=lambda known: known[0])
         return (f"A batch of {size} is taken to run out of memory because smaller ones pass: {first_line(error)}.",)
 
     def _explained(self, error: DoesNotFitError) -> BaseException:
         """What to raise when nothing fits: the workload's own error, unless it was surely about memory."""
         size = error.trial.batch_size if error.trial else 1
-        if size in self.suspects:
-            return self.suspects[size]
+        if size in self._suspects:
+            return self._suspects[size]
         device = self.setting.environment.get("device", "the device")
         what = f"{'an evaluation of ' if error.trial is not None and error.trial.mode == 'eval' else ''}batch {size}"
         held_bytes = self.setting.held_bytes

@@ -15,6 +15,7 @@ from autobatch.errors import DeviceCorruptedError
 from autobatch.probe.collectives import RefusingCollectives
 from autobatch.probe.workload import Workload
 from autobatch.probe.workload.data import Batches
+from autobatch.replay.forecast import thrashes
 from autobatch.replay.trace import Trace
 from autobatch.result import Measurement, Outcome, Trial
 from autobatch.units import format_bytes
@@ -138,7 +139,7 @@ def _run_steps(workload: Workload, device: Device, request: TrialRequest, progre
             progress.retries.append(device.retries())
             if recording is not None:
                 recording.step_ended()
-        progress.trace = None if recording is None else recording.trace()
+        progress.trace = None if recording is None else recording.finish()
 
 
 def _samples(workload: Workload, request: TrialRequest) -> list[Batches | None]:
@@ -169,7 +170,7 @@ def judge(
         outcome = Outcome.LIMIT if tier is Tier.LIMIT else Outcome.OOM
     elif compare_peaks and measured is not None and (over := _over(measured)):
         outcome, message = Outcome.OVER_HEADROOM, f"it ran, and took {over}"
-    elif _thrashes(progress.retries):
+    elif thrashes([count for count in progress.retries if count is not None]):
         outcome, message = Outcome.THRASHED, f"it ran, and the allocator had to free and retry {retries} times"
     return Trial(
         batch_size=request.batch_size,
@@ -187,12 +188,6 @@ def _judged_retries(retries: Sequence[int | None]) -> int | None:
     if len(retries) < 2 or retries[0] is None or retries[-1] is None:
         return None
     return retries[-1] - retries[0]
-
-
-def _thrashes(retries: Sequence[int | None]) -> bool:
-    """True if the allocator still frees and retries when the run has settled: in both of its last two steps."""
-    known = [count for count in retries if count is not None]
-    return len(known) >= 3 and known[-3] < known[-2] < known[-1]
 
 
 def _over(measured: Measurement) -> str:

@@ -114,14 +114,21 @@ def _parted(fits: Callable[[int], bool], low: int, high: int) -> int:
 
 
 def replay(trace: Trace, sizes: Sequence[int], capacity_bytes: int) -> bool:
-    """Whether the allocator gets through with allocations of ``sizes``, and does not have to free and retry in both of
-    the last two steps, which would be thrashing.
-    """
+    """Whether the allocator gets through with allocations of ``sizes``, and does not thrash."""
     try:
         retries = _run(trace, sizes, _allocator(trace, capacity_bytes))
     except OutOfMemory:
         return False
-    return not (len(retries) > 2 and retries[-3] < retries[-2] < retries[-1])
+    return not thrashes(retries)
+
+
+def thrashes(retries: Sequence[int]) -> bool:
+    """True if the allocator still frees and retries when a run has settled: in both of its last two steps.
+
+    Args:
+        retries: how often it had when each step ended.
+    """
+    return len(retries) > 2 and retries[-3] < retries[-2] < retries[-1]
 
 
 def peak_reserved_bytes(trace: Trace, sizes: Sequence[int]) -> int:

@@ -221,7 +221,7 @@ def test_a_recording_tells_the_steps_or_nothing(place: places.Place) -> None:
                 place.use(SMALL)
                 if run is not None:
                     run.step_ended()
-            trace = None if run is None else run.trace()
+            trace = None if run is None else run.finish()
         with place.device.recording():
             run_out(place, 2 * LARGE)
     if trace is not None:

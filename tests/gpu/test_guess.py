@@ -18,7 +18,7 @@ from autobatch.device import nvml
 from autobatch.probe import guess
 from autobatch.probe.command import Command
 from autobatch.probe.executor import Setting
-from autobatch.probe.guess import virtual_guess
+from autobatch.probe.guess import Guess, virtual_guess
 from autobatch.probe.isolation import ChildExecutor
 from autobatch.probe.processes.server import Server
 from autobatch.probe.search.rounding import Rounding
@@ -103,7 +103,8 @@ def test_a_command_has_no_twin_ahead(events: list[str]) -> None:
 
 def test_a_card_for_which_torch_has_no_kernels_is_no_error_of_the_caller_s() -> None:
     card = "memory=1GiB,capability=7.0,outside=0"
-    assert virtual_guess(source_of(lambda n: None, ()), card, lambda executor: 1) == (None, "")
+    guess = Guess(batch_size=1, smallest=1)
+    assert virtual_guess(source_of(lambda n: None, ()), card, lambda executor: guess) == (None, "")
 
 
 def test_where_nothing_may_fail_the_search_stays_below_the_answer_of_a_virtual_gpu(real: None) -> None:

@@ -101,14 +101,14 @@ class AtItsPlaces(CachingAllocator):
 @pytest.fixture
 def addresses(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Where the driver put the segments of the last recorded run."""
-    taken, told = list[int](), cuda_history.History.told
+    taken, finish = list[int](), cuda_history.History.finish
 
     def telling(history: cuda_history.History) -> dict[str, Any] | None:
         entries = torch.cuda.memory._snapshot()["device_traces"][0]
         taken[:] = [entry["addr"] for entry in entries if entry["action"] == "segment_alloc"]
-        return told(history)
+        return finish(history)
 
-    monkeypatch.setattr(cuda_history.History, "told", telling)
+    monkeypatch.setattr(cuda_history.History, "finish", telling)
     return taken
 
 
@@ -232,7 +232,7 @@ def test_a_history_that_begins_amid_the_steps_is_not_taken_for_ours() -> None:
         torch.cuda.memory._record_memory_history(enabled="all", context=None, max_entries=10)
         kept = [torch.zeros(1000, device=DEVICE) for _ in range(20)]
         history.step_ended()
-        assert history.trace() is None
+        assert history.finish() is None
     assert len(kept) == 20
     assert not torch._C._cuda_isHistoryEnabled()
 
@@ -243,7 +243,7 @@ def test_a_run_that_empties_the_cache_itself_is_not_foretold() -> None:
         torch.zeros(16 << 20, device=DEVICE)  # a segment of its own, whatever else lives in small ones
         torch.cuda.empty_cache()
         history.step_ended()
-        assert history.trace() is None
+        assert history.finish() is None
 
 
 def test_a_torch_that_tells_otherwise_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,7 +256,7 @@ def test_a_torch_that_tells_otherwise_is_not_recorded(monkeypatch: pytest.Monkey
     with recording(cuda_history.begin(torch, 0)) as history:
         assert history is not None
         monkeypatch.setattr(torch.cuda.memory, "_snapshot", lambda: {"segments": []})
-        assert history.trace() is None
+        assert history.finish() is None
     monkeypatch.undo()
 
 

@@ -17,8 +17,8 @@ from autobatch.probe import lock, neighbours
 from autobatch.probe.agreement import Agreement
 from autobatch.probe.executor import Setting
 from autobatch.probe.processes.errors import StrandedError
+from autobatch.probe.search.within import Extent
 from autobatch.probe.trial import Attempt, TrialRequest
-from autobatch.probe.workload.data import Extent
 from autobatch.replay.forecast import Forecast
 from autobatch.replay.trace import Trace
 from autobatch.result import Measurement, Outcome, Trial

@@ -145,8 +145,8 @@ class TestAccumulation:
             told = json.loads((trace.folder / "request.json").read_text())
             runs.append({"size": int(words[1]), "accumulation": int(words[2]), "steps": told["steps"]})
             runs[-1].update(told=told["batch_size"], within_s=step_within_s)
-            records = tuple(record(device="cpu", ranks=self.ranks) for _ in range(self.ranks))
-            return Ending(code=0, silent=False, records=records)
+            reports = tuple(report(device="cpu", ranks=self.ranks) for _ in range(self.ranks))
+            return Ending(code=0, silent=False, reports=reports)
 
         monkeypatch.setattr(command_executor, "run", run)
         return runs
@@ -215,34 +215,34 @@ class TestShell:
         assert len(done.stderr.splitlines()) == 1
 
 
-def record(**told: Any) -> dict[str, Any]:
+def report(**told: Any) -> dict[str, Any]:
     plain = {"pid": 1, "command": [], "steps": 3, "done": True, "ranks": 1, "device": "cuda:0", "samples": None}
     figures = {"step_times_s": [9.0, 1.0, 1.0], "retries": [0, 0, 0], "peak_allocated_bytes": 10}
     return {**plain, **figures, **told}
 
 
-def verdict(*records: dict[str, Any], code: int | None = 0, silent: bool = False, **told: Any) -> Any:
-    ending = Ending(code=code, silent=silent, records=records, tail="its last line", log="/log")
+def verdict(*reports: dict[str, Any], code: int | None = 0, silent: bool = False, **told: Any) -> Any:
+    ending = Ending(code=code, silent=silent, reports=reports, tail="its last line", log="/log")
     request = TrialRequest(batch_size=8, steps=3, limit_bytes=100)
     options = {"kind": "cuda", "killed": False, "smaller_fitted": False, **told}
     return attempt_of(request, ending, **options)
 
 
 def failure(tier: str | None, message: str = "why") -> dict[str, Any]:
-    return record(done=False, failure={"type": "RuntimeError", "message": message, "tier": tier})
+    return report(done=False, failure={"type": "RuntimeError", "message": message, "tier": tier})
 
 
 class TestVerdict:
     def test_a_measured_run_fits_with_its_figures(self):
-        trial = verdict(record()).trial
+        trial = verdict(report()).trial
         assert trial.fits
         assert (trial.steps, trial.measurement.step_time_s, trial.measurement.capacity_bytes) == (3, 1.0, 100)
 
     def test_of_several_ranks_the_worst_decides_and_the_largest_peak_is_told(self):
-        ranks = [record(ranks=2), record(ranks=2, retries=[0, 1, 2], peak_allocated_bytes=20)]
+        ranks = [report(ranks=2), report(ranks=2, retries=[0, 1, 2], peak_allocated_bytes=20)]
         assert verdict(*ranks).trial.outcome is Outcome.THRASHED
         assert verdict(*ranks).trial.measurement.peak_allocated_bytes == 20
-        assert verdict(record(ranks=2), failure("definite"), code=1).trial.outcome is Outcome.OOM
+        assert verdict(report(ranks=2), failure("definite"), code=1).trial.outcome is Outcome.OOM
 
     @pytest.mark.parametrize(("tier", "outcome"), [("definite", Outcome.OOM), ("limit", Outcome.LIMIT)])
     def test_the_exception_says_whether_it_was_memory(self, tier, outcome):
@@ -262,40 +262,40 @@ class TestVerdict:
         assert verdict(failure(None, "connection closed"), failure("definite"), code=1).trial.outcome is Outcome.OOM
 
     def test_an_error_that_was_caught_is_no_fit(self):
-        trial = verdict(record(caught="CUDA out of memory")).trial
+        trial = verdict(report(caught="CUDA out of memory")).trial
         assert trial.outcome is Outcome.OOM
         assert SHRANK in trial.message
 
     def test_a_command_that_trains_to_its_end_in_fewer_steps_has_fitted(self):
-        assert verdict(record(steps=2, done=False), code=0).trial.fits
+        assert verdict(report(steps=2, done=False), code=0).trial.fits
 
     def test_a_data_set_that_is_too_small_is_a_limit_and_no_fit(self):
-        assert verdict(record(samples=7)).trial.outcome is Outcome.LIMIT
-        assert verdict(record(samples=8)).trial.fits
-        assert verdict(record(steps=0, device="cpu"), smaller_fitted=True).trial.outcome is Outcome.LIMIT
+        assert verdict(report(samples=7)).trial.outcome is Outcome.LIMIT
+        assert verdict(report(samples=8)).trial.fits
+        assert verdict(report(steps=0, device="cpu"), smaller_fitted=True).trial.outcome is Outcome.LIMIT
 
     def test_death_by_the_kernel_for_lack_of_memory_is_out_of_memory(self):
-        assert verdict(record(done=False), code=-9, killed=True).trial.outcome is Outcome.OOM
-        assert verdict(record(done=False), code=1, killed=True).trial.outcome is Outcome.OOM
-        assert verdict(record(done=False), code=-11, kind="cpu").suspect is not None
+        assert verdict(report(done=False), code=-9, killed=True).trial.outcome is Outcome.OOM
+        assert verdict(report(done=False), code=1, killed=True).trial.outcome is Outcome.OOM
+        assert verdict(report(done=False), code=-11, kind="cpu").suspect is not None
 
     @pytest.mark.parametrize(
-        ("records", "options", "said"),
+        ("reports", "options", "said"),
         [
             ([], {}, "-I, -E or -S, an `env -i`"),
-            ([record(steps=0)], {}, "exit code 0, before any optimizer step"),
-            ([record(steps=0)], {"code": 2}, "exit code 2 before any optimizer step"),
+            ([report(steps=0)], {}, "exit code 0, before any optimizer step"),
+            ([report(steps=0)], {"code": 2}, "exit code 2 before any optimizer step"),
             ([{**failure(None), "steps": 0}], {"code": 1}, "RuntimeError: why"),
-            ([record(steps=0)], {"code": None, "silent": True}, "no optimizer step within"),
-            ([record(done=False)], {"code": None, "silent": True}, "no further optimizer step within"),
-            ([record(done=False)], {"code": 1}, "lost after some steps"),
-            ([record(ranks=2)], {"code": 1}, "lost after some steps"),
-            ([record(done=False)], {"code": -9}, "lost after some steps"),
-            ([record(device="cpu")], {}, "trained on the CPU"),
+            ([report(steps=0)], {"code": None, "silent": True}, "no optimizer step within"),
+            ([report(done=False)], {"code": None, "silent": True}, "no further optimizer step within"),
+            ([report(done=False)], {"code": 1}, "lost after some steps"),
+            ([report(ranks=2)], {"code": 1}, "lost after some steps"),
+            ([report(done=False)], {"code": -9}, "lost after some steps"),
+            ([report(device="cpu")], {}, "trained on the CPU"),
         ],
     )
-    def test_what_is_not_memory_is_told_with_the_output_and_the_log(self, records, options, said):
+    def test_what_is_not_memory_is_told_with_the_output_and_the_log(self, reports, options, said):
         with pytest.raises(WorkloadFailedError, match=said) as caught:
-            verdict(*records, **options)
+            verdict(*reports, **options)
         assert caught.value.traceback_text == "its last line"
         assert "/log" in str(caught.value)

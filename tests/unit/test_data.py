@@ -18,9 +18,10 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from autobatch import DoesNotFitError, InvalidArgumentError, Workload, find
 from autobatch.device.local import resolve_local
 from autobatch.probe import finder
+from autobatch.probe.search.within import Extent
 from autobatch.probe.trial import TrialRequest, run_trial
 from autobatch.probe.workload import data
-from autobatch.probe.workload.data import DatasetBatches, Extent, batches_of
+from autobatch.probe.workload.data import DatasetBatches, batches_of
 from autobatch.testing import FakeDevice
 from autobatch.units import GIB, MIB
 

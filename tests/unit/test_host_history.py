@@ -48,7 +48,7 @@ def test_each_allocation_is_told_with_its_end_and_nothing_is_said_of_it() -> Non
         "    for _ in range(2):\n"
         "        step(7)\n"
         "        seen.step_ended()\n"
-        "    trace = seen.trace()\n"
+        "    trace = seen.finish()\n"
         "print(list(trace.sizes), list(trace.events), trace.steps, trace.mapped_from_bytes)\n"
         "print(torch._C._autograd._profiler_enabled())"
     )
@@ -63,7 +63,7 @@ def test_what_other_processes_see_is_no_private_data() -> None:
         "    torch.empty(1000, 1000).share_memory_().mul_(2)\n"
         "    torch.empty(5)\n"
         "    seen.step_ended()\n"
-        "    print(list(seen.trace().sizes))"
+        "    print(list(seen.finish().sizes))"
     )
     assert said == "[4000000, 8, 4, 20]\n"  # the product has a scalar of its own, and that a copy
 
@@ -88,7 +88,7 @@ def test_who_profiles_amid_it_is_not_disturbed_and_nothing_is_told() -> None:
         "with recording(begin(torch)) as seen:\n"
         "    with torch.autograd.profiler.profile() as own: step(7)\n"
         "    seen.step_ended()\n"
-        "    print(seen.trace())\n"
+        "    print(seen.finish())\n"
         "print(any('exp' in event.key for event in own.key_averages()))"
     )
     assert [line for line in said.splitlines() if line in ("None", "True", "False")] == ["None", "True"]

@@ -49,10 +49,10 @@ def inquiry() -> Inquiry:
 
 def asked(inquiry: Inquiry, size: int, foretold: Forecast | None) -> TrialRequest:
     """The request for ``size`` after batches of 1 and 50 have fitted and that was foretold."""
-    inquiry.foresight = Recorded(100, 3, lambda own: foretold)
+    inquiry._foresight = Recorded(100, 3, lambda own: foretold)
     for known in (1, 50):
         inquiry._ask(known, "train")
-    inquiry.foresight.forecast(50)
+    inquiry._foresight.forecast(50)
     inquiry._ask(size, "train")
     return inquiry.executor.requests[-1]  # type: ignore[attr-defined, no-any-return]
 

@@ -129,7 +129,7 @@ class CommandExecutor:
 
     def _learn_ranks(self, ending: Ending) -> None:
         """Notes how many ranks train, as soon as one has made a step."""
-        self._ranks = max((record["ranks"] for record in ending.records if record["steps"]), default=self._ranks)
+        self._ranks = max((report["ranks"] for report in ending.reports if report["steps"]), default=self._ranks)
         effective = self._command.effective_batch_size
         if effective is not None and effective < self._ranks:
             allowed = f"at least {self._ranks}, a sample for each rank of the command"
@@ -212,7 +212,7 @@ class CommandExecutor:
         elif SHRANK in trial.message:
             self._noticed[f"At a batch of {trial.batch_size}: {trial.message}."] = None
         allowed = self._fraction
-        if allowed is not None and any(record.get("fraction", 0) > 1.001 * allowed for record in ending.records):
+        if allowed is not None and any(report.get("fraction", 0) > 1.001 * allowed for report in ending.reports):
             self._noticed["The command sets a memory fraction of its own, so the headroom was not withheld."] = None
 
     def _check_that_it_grows(self, size: int) -> None:

@@ -33,7 +33,7 @@ class Ending:
     """The command's own exit code, -n if signal n ended it; None if it had to be ended."""
     silent: bool
     """Whether it was ended because it made no step for too long."""
-    records: tuple[Mapping[str, Any], ...]
+    reports: tuple[Mapping[str, Any], ...]
     """What each process wrote (:mod:`autobatch.hook.trial`)."""
     tail: str = ""
     """Its last lines."""
@@ -71,16 +71,16 @@ class TrialFolder:
         return news
 
     @property
-    def records(self) -> tuple[Mapping[str, Any], ...]:
-        return tuple(record for _, record in self._seen.values())
+    def reports(self) -> tuple[Mapping[str, Any], ...]:
+        return tuple(report for _, report in self._seen.values())
 
     @property
     def decided(self) -> bool:
         """Whether a process has been measured, or has run out of memory."""
-        return any(r["done"] or r.get("failure", {}).get("tier") for r in self.records)
+        return any(r["done"] or r.get("failure", {}).get("tier") for r in self.reports)
 
     def traces(self) -> Iterator[tuple[int, Trace]]:
-        """What each process has recorded of itself (:mod:`autobatch.device.cuda_history`)."""
+        """What each process has recorded of itself (:mod:`autobatch.device.recording`)."""
         for path in self.folder.glob("*.history"):
             yield int(path.stem), trace_of(**json.loads(path.read_text(encoding="utf-8")), begins_empty=True)
 
@@ -123,7 +123,7 @@ def run(words: Sequence[str], variables: Mapping[str, str], trial: TrialFolder, 
     return Ending(
         code=code,
         silent=silent,
-        records=trial.records,
+        reports=trial.reports,
         tail=trial.tail(),
         log=str(trial.log.name),
         traces=dict(trial.traces()),

@@ -19,7 +19,7 @@ _ENDED = "it ended without a step, as one does whose data set is smaller than th
 _NOT_REACHED = "autobatch reached no Python process of it (a flag -I, -E or -S, an `env -i`, or no Python in it?)"
 _WORST_FIRST = (Outcome.OOM, Outcome.LIMIT, Outcome.OVER_HEADROOM, Outcome.THRASHED, Outcome.FITS)
 
-Record = Mapping[str, Any]
+Report = Mapping[str, Any]
 
 
 def attempt_of(request: TrialRequest, ending: Ending, *, kind: str, killed: bool, smaller_fitted: bool) -> Attempt:
@@ -34,17 +34,17 @@ def attempt_of(request: TrialRequest, ending: Ending, *, kind: str, killed: bool
         WorkloadFailedError: if the command failed for a reason that is not memory, or made no step.
         DeviceCorruptedError: if the device's context broke.
     """
-    failures = [record["failure"] for record in ending.records if record.get("failure", {}).get("tier")]
+    failures = [report["failure"] for report in ending.reports if report.get("failure", {}).get("tier")]
     worst = min((Tier(failure["tier"]) for failure in failures), key=list(Tier).index, default=None)
     if worst is not None:
         message = next(failure["message"] for failure in failures if failure["tier"] == worst.value)
         return _failed(request, ending, worst, message)
-    caught = next((record["caught"] for record in ending.records if "caught" in record), None)
+    caught = next((report["caught"] for report in ending.reports if "caught" in report), None)
     if caught is not None:
         return _failed(request, ending, Tier.DEFINITE, f"{caught}: {SHRANK}")
-    lost = [record for record in ending.records if record["steps"] and not record["done"]]
-    trained = [record for record in ending.records if record["steps"]]
-    is_whole = bool(trained) and len(trained) >= max(record["ranks"] for record in trained)
+    lost = [report for report in ending.reports if report["steps"] and not report["done"]]
+    trained = [report for report in ending.reports if report["steps"]]
+    is_whole = bool(trained) and len(trained) >= max(report["ranks"] for report in trained)
     if not is_whole or (lost and ending.code != 0):
         return _without_measurement(request, ending, kind=kind, killed=killed, smaller_fitted=smaller_fitted)
     return _measured(request, ending, trained, kind)
@@ -55,14 +55,14 @@ def is_end_of_data(trial: Trial) -> bool:
     return trial.outcome is Outcome.LIMIT and trial.message.startswith((_ONLY, _ENDED))
 
 
-def _measured(request: TrialRequest, ending: Ending, trained: list[Record], kind: str) -> Attempt:
-    if kind == "cuda" and not any(str(record["device"]).startswith("cuda") for record in trained):
+def _measured(request: TrialRequest, ending: Ending, trained: list[Report], kind: str) -> Attempt:
+    if kind == "cuda" and not any(str(report["device"]).startswith("cuda") for report in trained):
         _fail(request, ending, "it trained on the CPU, not on the GPU: say on its command line where it should")
-    shares = [record["samples"] for record in trained if record.get("samples") is not None]
+    shares = [report["samples"] for report in trained if report.get("samples") is not None]
     if shares and max(shares) < request.batch_size:
         message = f"{_ONLY} {max(shares)} samples"
         return Attempt(trial=_trial(request, trained, Tier.LIMIT, message))
-    largest = max(trained, key=lambda record: record.get("peak_reserved_bytes") or 0)
+    largest = max(trained, key=lambda report: report.get("peak_reserved_bytes") or 0)
     return Attempt(trial=_trial(request, trained, None, ""), trace=ending.traces.get(largest["pid"]))
 
 
@@ -75,16 +75,16 @@ def _without_measurement(
     if tier is not None:
         return _failed(request, ending, tier, f"a process of the command was killed by signal {number or 9}")
     if ending.silent:
-        made = max((record["steps"] for record in ending.records), default=0)
+        made = max((report["steps"] for report in ending.reports), default=0)
         _fail(request, ending, f"it made {'no further' if made else 'no'} optimizer step within its time")
-    if not ending.records:
+    if not ending.reports:
         how = "" if ending.code is None else f"it ended with exit code {ending.code}, and "
         _fail(request, ending, f"{how}{_NOT_REACHED}")
     if ending.code == 0 and smaller_fitted:
         return Attempt(trial=_trial(request, [], Tier.LIMIT, _ENDED))
-    told = [record["failure"] for record in ending.records if "failure" in record]
+    told = [report["failure"] for report in ending.reports if "failure" in report]
     reason = f": {told[0]['type']}: {told[0]['message']}" if told else ""
-    if any(record["steps"] for record in ending.records):
+    if any(report["steps"] for report in ending.reports):
         _fail(request, ending, f"a process of it was lost after some steps{reason}")
     if ending.code == 0:
         _fail(request, ending, "it ended, with exit code 0, before any optimizer step")
@@ -94,7 +94,7 @@ def _without_measurement(
 def _failed(request: TrialRequest, ending: Ending, tier: Tier, message: str) -> Attempt:
     if tier is Tier.FATAL:
         raise DeviceCorruptedError(f"batch {request.batch_size}: {message}")
-    trial = _trial(request, list(ending.records), tier, message)
+    trial = _trial(request, list(ending.reports), tier, message)
     suspect = WorkloadFailedError(message, request.batch_size, ending.tail) if tier is Tier.SUSPECT else None
     return Attempt(trial=trial, suspect=suspect)
 
@@ -105,8 +105,8 @@ def _fail(request: TrialRequest, ending: Ending, message: str) -> NoReturn:
     )
 
 
-def _trial(request: TrialRequest, records: list[Record], tier: Tier | None, message: str) -> Trial:
-    trials = [_judged(request, record, tier) for record in records if "device" in record]
+def _trial(request: TrialRequest, reports: list[Report], tier: Tier | None, message: str) -> Trial:
+    trials = [_judged(request, report, tier) for report in reports if "device" in report]
     trials = trials or [judge(request, Progress(), None, tier, compare_peaks=False)]
     worst = min(trials, key=lambda trial: _WORST_FIRST.index(trial.outcome))
     peaks = [trial.measurement for trial in trials if trial.measurement is not None]
@@ -114,17 +114,17 @@ def _trial(request: TrialRequest, records: list[Record], tier: Tier | None, mess
     return replace(worst, measurement=measured, message=message or worst.message)
 
 
-def _judged(request: TrialRequest, record: Record, tier: Tier | None) -> Trial:
+def _judged(request: TrialRequest, report: Report, tier: Tier | None) -> Trial:
     progress = Progress()
-    progress.step_times_s = record.get("step_times_s", [])
-    progress.retries = record.get("retries", [])
+    progress.step_times_s = report.get("step_times_s", [])
+    progress.retries = report.get("retries", [])
     measured = Measurement(
-        peak_allocated_bytes=record.get("peak_allocated_bytes"),
-        peak_reserved_bytes=record.get("peak_reserved_bytes"),
-        device_used_bytes=record.get("device_used_bytes"),
+        peak_allocated_bytes=report.get("peak_allocated_bytes"),
+        peak_reserved_bytes=report.get("peak_reserved_bytes"),
+        device_used_bytes=report.get("device_used_bytes"),
         capacity_bytes=request.limit_bytes,
     )
-    trial = judge(request, progress, measured, tier, compare_peaks=record.get("compare_peaks", False))
+    trial = judge(request, progress, measured, tier, compare_peaks=report.get("compare_peaks", False))
     if len(progress.step_times_s) < 2 and trial.measurement is not None:
         # The first step is counted from the start of the process.
         trial = replace(trial, measurement=replace(trial.measurement, step_time_s=None))

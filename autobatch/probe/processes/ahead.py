@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 from autobatch.device.base import Isolation
 from autobatch.probe.processes.job import beginning
+from autobatch.probe.processes.messages import Job
 from autobatch.probe.processes.server import Server, WorkerSource
-from autobatch.probe.processes.worker import Job
 
 _waiting: list[Server] = []
 

@@ -12,7 +12,7 @@ from typing import Any
 from autobatch.device.base import Isolation
 from autobatch.errors import InvalidArgumentError
 from autobatch.probe.lock import child_environment
-from autobatch.probe.processes.worker import Job
+from autobatch.probe.processes.messages import Job
 
 RENDEZVOUS_VARIABLES = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),

@@ -22,7 +22,7 @@ from autobatch.device.oom import Tier, classify_exit
 from autobatch.device.process import out_of_memory_kills
 from autobatch.errors import WorkloadFailedError
 from autobatch.probe.processes.errors import ChildTraceback, SilenceError, StrandedError, WorkerLostError
-from autobatch.probe.processes.worker import FORK, NEXT_JOB, NUMBER, Failure, Job, SignatureRequest
+from autobatch.probe.processes.messages import FORK, NEXT_JOB, NUMBER, Failure, Job, SignatureRequest
 from autobatch.replay.trace import Trace
 from autobatch.result import Trial
 

@@ -15,27 +15,20 @@ import os
 import pickle
 import signal
 import socket
-import struct
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from multiprocessing import spawn
 from multiprocessing.connection import Connection
-from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import autobatch
 from autobatch.errors import InvalidArgumentError
 from autobatch.imports import without_collections
+from autobatch.probe.processes.messages import FORK, NEXT_JOB, NUMBER, Job, SignatureRequest, portable
 
 if TYPE_CHECKING:  # a server imports torch when it is told to, not before
     from autobatch.probe.executor import LocalExecutor
 
-NUMBER = struct.Struct("q")  # what the server writes to its socket: a worker's pid, then how it ended
-FORK, NEXT_JOB = b"f", b"j"  # what it is told there: the first comes with the worker's own socket
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _TRIED_WITHIN_S = 2.0  # a parallel operator takes milliseconds, or for ever
 
@@ -56,36 +49,6 @@ def check_not_importing_main() -> None:
             "searched for under `if __name__ == '__main__':`, because the "
             "process of the trials imports the script to find it",
         )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """What a server needs to know. ``payload`` is the pickled builder: a reference by name, as in spawn."""
-
-    payload: bytes
-    main: Mapping[str, str]
-    """How to import the main script, if the builder is part of it: the rest of what ``spawn.prepare()`` takes."""
-    variables: Mapping[str, str]
-    """To be set in the environment before that."""
-    device: str
-    memory_limit_bytes: int | None
-    meets: bool = False
-    """Whether a worker is told first where it meets those of other ranks: variables of its environment."""
-
-
-@dataclass(frozen=True, slots=True)
-class SignatureRequest:
-    """Asks what the workload is, with so many samples made for it."""
-
-    batch_size: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Failure:
-    """An exception on its way to the prober, beside the traceback that cannot travel with it."""
-
-    exception: BaseException
-    traceback_text: str
 
 
 def serve(descriptor: int) -> None:
@@ -136,28 +99,6 @@ def _serve_job(channel: socket.socket, builder: Callable[..., Any], job: Job, fo
         os.close(descriptors[0])
         channel.sendall(NUMBER.pack(pid))
         channel.sendall(NUMBER.pack(os.waitpid(pid, 0)[1]))
-
-
-def portable(exc: BaseException) -> Failure:
-    """``exc`` if it survives pickling, else a WorkloadFailedError that says the same."""
-    from autobatch.errors import WorkloadFailedError
-
-    text = "".join(traceback.format_exception(type(exc), exc, _workload_frames(exc.__traceback__)))
-    try:
-        copied = pickle.loads(pickle.dumps(exc))
-        if type(copied) is not type(exc) or str(copied) != str(exc):
-            raise pickle.PicklingError("it changes on the way")
-    except Exception:  # noqa: BLE001 - an exception's own __reduce__ or __init__ may raise anything
-        exc = WorkloadFailedError(f"{type(exc).__name__}: {exc}", traceback_text=text)
-    return Failure(exception=exc, traceback_text=text)
-
-
-def _workload_frames(frames: TracebackType | None) -> TracebackType | None:
-    """``frames`` from where autobatch calls the workload on: those before say nothing about an error of its own."""
-    root, found = str(Path(autobatch.__file__).parent), frames
-    while found is not None and found.tb_frame.f_code.co_filename.startswith(root):
-        found = found.tb_next
-    return found or frames
 
 
 def _next_job(talk: Connection) -> Job:

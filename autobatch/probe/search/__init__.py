@@ -163,7 +163,7 @@ def _approach(bracket: Bracket, guess: int | None) -> None:
 
     Without an aim it grows plainly, until something fails.
     """
-    while not bracket.done:
+    while not bracket.is_over():
         size, aim = bracket.size, bracket.aim
         if aim is None:
             if bracket.high is not None:
@@ -197,7 +197,7 @@ def _pass_the_aim(bracket: Bracket, guess: int | None) -> None:
     What fits beyond the aim does so because the allocator gave cached memory back, and it can give back more.
     """
     asked = 0
-    while bracket.high is None and not bracket.done:
+    while bracket.high is None and not bracket.is_over():
         low = bracket.low
         just_beyond = bracket.rank(bracket.aim or bracket.size) + 1 - low
         if bracket.bound is not None:
@@ -230,7 +230,7 @@ def _close(bracket: Bracket) -> None:
     An aim that has just been refuted is still the best guess: so look closely below it first, then in widening strides.
     """
     top, stride, aimed = bracket.high, 0, False
-    while top is not None and bracket.high is not None and not bracket.done:
+    while top is not None and bracket.high is not None and not bracket.is_over():
         low, high = bracket.low, bracket.high
         aim = low if bracket.aim is None else bracket.rank(bracket.aim)
         rank = (low + high) // 2 if bracket.aim is None else low + round(_SPLIT * (high - low))

@@ -75,9 +75,11 @@ class Bracket:
         """True when nothing is left to ask above ``low``."""
         return self.last is not None and self.low >= self.last
 
-    @property
-    def done(self) -> bool:
-        """True when nothing more is to be asked: closed, or out of time with a size that fits."""
+    def is_over(self) -> bool:
+        """True when nothing more is to be asked: closed, or out of time with a size that fits.
+
+        Where ranks search together they agree on the time, so all of them must ask.
+        """
         return self.closed or (self.low > 0 and self.out_of_time())
 
     @property
@@ -105,9 +107,12 @@ class Bracket:
         """True if what sizes that fitted have allocated is known."""
         return self.foresight is not None and self.low > 0 and self.foresight.has(self.size)
 
-    @property
-    def forecast(self) -> Forecast | None:
-        """Where memory ends by a replay of what the trials have allocated, seen from the largest that fitted."""
+    def foretell(self) -> Forecast | None:
+        """Where memory ends by a replay of what the trials have allocated, seen from the largest that fitted.
+
+        A replay takes up to seconds, and where ranks search together they agree on it, so all of them must ask; what
+        was foretold between two ranks of the search is kept.
+        """
         if not self.is_recorded or self.foresight is None:
             return None
         seen = (self.low, self.high)  # what ran above and did not fit tells as well
@@ -123,17 +128,17 @@ class Bracket:
         """True if a failure says that ``size`` does not fit."""
         return self.high is not None and self.rank(size) >= self.high
 
-    def guess(self, rank: int) -> bool:
+    def guess(self, rank: int) -> None:
         """As :meth:`try_rank`, at the nearest rank that the budget allows."""
-        return self.try_rank(self._affordable(max(rank, self.low + 1)))
+        self.try_rank(self._affordable(max(rank, self.low + 1)))
 
-    def leap(self, rank: int) -> bool:
+    def leap(self, rank: int) -> None:
         """As :meth:`guess`, but as far as it likes where plain growth could still go on from here if that fails."""
         grown = self._plain_growth(self.low)[0]
         can_grow_on = self._allowance is None and len(self.trials) + 1 <= grown + _SPARE_TRIALS
-        return self.try_rank(rank) if can_grow_on else self.guess(rank)
+        self.try_rank(rank if can_grow_on else self._affordable(max(rank, self.low + 1)))
 
-    def try_rank(self, rank: int) -> bool:
+    def try_rank(self, rank: int) -> None:
         """Asks the size at ``rank``, or at the nearest rank inside the bracket, and learns from the answer."""
         rank = max(rank, self.low + 1)
         if self.last is not None:
@@ -152,7 +157,6 @@ class Bracket:
             if trial.outcome is Outcome.LIMIT:
                 reason = trial.message or "unknown"
                 self.notes.append(f"A batch of {trial.batch_size} met a limit other than memory: {reason}.")
-        return trial.fits
 
     def _check_growing(self) -> None:
         """Raises InvalidArgumentError where nothing ends the search, since memory does not grow with the size."""

@@ -23,8 +23,8 @@ def creep(bracket: Bracket, ceiling: float) -> None:
     if bracket.aim is None:
         bracket.notes.append("The trials measured no peaks, so nothing says whether a larger batch would fit.")
     aim_ceiling = ceiling
-    while bracket.low and not bracket.done and bracket.aim is not None:
-        size, aim, forecast = bracket.size, bracket.aim, bracket.forecast
+    while bracket.low and not bracket.is_over() and bracket.aim is not None:
+        size, aim, forecast = bracket.size, bracket.aim, bracket.foretell()
         if forecast is not None and forecast.is_sure and bracket.high is None:
             farthest = size * bracket.growth**_LONGEST_STEP
             rank = bracket.rank(min(_short_of(forecast, size), ceiling, farthest))

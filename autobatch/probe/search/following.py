@@ -22,8 +22,8 @@ def follow(bracket: Bracket, guess: int | None = None) -> None:
     unsure forecast, or a little below a sure one, is asked in its place.
     """
     unsure = above = refuted = 0
-    while bracket.is_recorded and not bracket.done and above <= _OFTEN and refuted <= _OFTEN:
-        forecast, high = bracket.forecast, bracket.high
+    while bracket.is_recorded and not bracket.is_over() and above <= _OFTEN and refuted <= _OFTEN:
+        forecast, high = bracket.foretell(), bracket.high
         if forecast is None or (not forecast.is_sure and high is None and unsure < _SMALL and guess is None):
             if high is not None or unsure > _SMALL:
                 return

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from autobatch.errors import InvalidArgumentError
+from autobatch.probe.search.within import Extent
 from autobatch.probe.workload.arguments import check_functions, check_model, check_options
 from autobatch.probe.workload.batch import move, tensors
-from autobatch.probe.workload.data import Batches, DatasetBatches, Extent, batches_of
+from autobatch.probe.workload.data import Batches, DatasetBatches, batches_of
 from autobatch.probe.workload.ema import update_of
 from autobatch.probe.workload.forward import device_of, forward, local
 from autobatch.probe.workload.scaling import forget_step, scale_by_one

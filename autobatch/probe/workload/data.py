@@ -10,7 +10,6 @@ import copy
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,8 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from autobatch.errors import InvalidArgumentError
-from autobatch.probe.search import SearchAnswer, search
-from autobatch.probe.search.bracket import Ask
+from autobatch.probe.search.within import Extent
 from autobatch.probe.workload.batch import leaves, mapped, tensors
 
 Batches = Callable[[int], Any]
@@ -35,38 +33,6 @@ _A_LITTLE_SHORTER = 0.9
 """Of the longest length. Blocks a little too small to be used again leave the most behind: on virtual cards of 24 and
 80 GiB, BERT-base with lengths of 3 to 512 runs out in one step after such a batch at the size (44 and 152) from which
 it does in some shuffled epoch, where the longest alone still fit at 50 and 174."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Extent:
-    """What a search needs to know of a data set."""
-
-    samples: int
-    varies: bool
-    """Whether its samples are of different lengths."""
-    ends: str = "dataset"
-    """The proof of an answer that is all there is: ``max_batch_size`` where it was not the data set that ended."""
-
-    def cap(self, max_batch_size: int | None, multiple_of: int | str) -> int:
-        """The largest batch to ask for: what the data set has, or the caller's own cap.
-
-        Raises:
-            InvalidArgumentError: if ``multiple_of`` permits no batch that the data set can fill.
-        """
-        if isinstance(multiple_of, int) and multiple_of > self.samples:
-            raise InvalidArgumentError("multiple_of", multiple_of, f"at most {self.samples}, the samples there are")
-        return self.samples if max_batch_size is None else min(self.samples, max_batch_size)
-
-
-def search_within(extent: Extent | None, ask: Ask, confirm: Ask, **options: Any) -> SearchAnswer:
-    """:func:`~autobatch.probe.search.search`, of no more samples than there are; None is as many as are asked for."""
-    asked_most = options["max_batch_size"]
-    if extent is not None:
-        options["max_batch_size"] = extent.cap(asked_most, options["multiple_of"])
-    answer = search(ask, confirm, **options)
-    if extent is not None and answer.proof == "max_batch_size" and options["max_batch_size"] != asked_most:
-        return replace(answer, proof=extent.ends)
-    return answer
 
 
 def batches_of(sample: Any, collate_fn: Callable[[list[Any]], Any] | None, length: Any) -> Batches:
