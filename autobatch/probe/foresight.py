@@ -62,8 +62,10 @@ class Recorded:
         return any(recorded <= size for recorded in self._traces)
 
     def forecast(self, size: int) -> Forecast | None:
-        """Where memory ends, which all ranks that search together must ask: by the largest trial of at most ``size`` that was recorded, and the next larger one that
-        ran but did not fit, between which it ends; or if there is none, by the next smaller one.
+        """Where memory ends; all ranks that search together must ask.
+
+        The largest trial of at most ``size`` that was recorded tells it, with the next larger one that ran but did not
+        fit, between which it ends; or if there is none, with the next smaller one.
         """
         own = None
         try:
