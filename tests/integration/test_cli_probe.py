@@ -203,8 +203,8 @@ class TestCodes:
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)},
-            # Tests that run in the background have inherited to ignore an interrupt, and would hand that on.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - no threads here
+            # Tests in the background have inherited to ignore an interrupt, under nohup a hangup, and would hand it on.
+            preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # noqa: PLW1509 - no threads here
         )
         assert running.stdout is not None
         while not running.stdout.readline().startswith("trial="):
