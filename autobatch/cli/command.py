@@ -28,9 +28,12 @@ class AfterDashes(click.Command):
 
 
 def command_of(
-    ctx: click.Context, target: str | None, options: ModelOptions, *, count: int, verbose: bool
+    ctx: click.Context, target: str | None, options: ModelOptions, *, count: int, about_commands: dict[str, Any]
 ) -> Command | None:
     """The command after ``--``; None if there is none, and then there is a target.
+
+    Args:
+        about_commands: options that only a command has, for :class:`~autobatch.probe.command.Command`.
 
     Raises:
         InvalidArgumentError: if an option was given that means nothing to a command, or to a target.
@@ -40,8 +43,9 @@ def command_of(
     if (words is None) == (target is None):
         raise click.UsageError("give a TARGET, or a command after --" + ("" if target is None else ", not both"), ctx)
     if words is None:
-        if verbose:
-            raise InvalidArgumentError("verbose", True, "left out: only a command after -- has output to show")
+        for name, given in about_commands.items():
+            if given:
+                raise InvalidArgumentError(name, given, "left out: it is about a command after --")
         if count > 1:
             raise InvalidArgumentError(
                 "count", count, "left out: a TARGET trains on one GPU, a command after -- on more"
@@ -53,4 +57,4 @@ def command_of(
             raise InvalidArgumentError(
                 name, value, "left out: it means nothing to a command, which has its own options"
             )
-    return Command(words, effective_batch_size=options.effective_batch_size, verbose=verbose)
+    return Command(words, effective_batch_size=options.effective_batch_size, **about_commands)

@@ -177,6 +177,14 @@ def _picture(ctx: click.Context, param: click.Parameter, value: str | None) -> P
 )
 @click.option("--any-capability", is_flag=True, help="Also a virtual GPU for which this torch has no kernels.")
 @click.option("--json", "json_path", callback=_writable, metavar="FILE", help="Write the result to this file.")
+@click.option(
+    "--step-within",
+    "step_within_s",
+    type=click.FloatRange(0, min_open=True),
+    callback=_number,
+    metavar="SECONDS",
+    help="A command that makes no step for so long is given up; else 600.",
+)
 @click.option("--verbose", is_flag=True, help="Show the output of a command as it comes.")
 @traceback_option
 @click.pass_context
@@ -190,6 +198,7 @@ def probe(
     sweep: Sweep | None,
     json_path: Path | None,
     plot_path: Path | None,
+    step_within_s: float | None,
     verbose: bool,
     **options: Any,
 ) -> None:
@@ -232,7 +241,8 @@ def probe(
     model_options = ModelOptions(**{name: options.pop(name) for name in _MODEL_OPTIONS})
     effective = model_options.effective_batch_size
     check_effective_batch(effective, mode=model_options.mode, sweep=sweep)
-    command = command_of(ctx, target, model_options, count=count, verbose=verbose)
+    about_commands = {"verbose": verbose} | ({} if step_within_s is None else {"step_within_s": step_within_s})
+    command = command_of(ctx, target, model_options, count=count, about_commands=about_commands)
     options |= limits(effective, options, mode=model_options.mode)
     # A picture is drawn of the trials, and the cache has them no more. A command is nothing that it could know again.
     if not options["cache"] or command is not None or (plot_path is not None and sweep is None):

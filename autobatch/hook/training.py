@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 _BENCHMARKS = ("autotune", "benchmark", "select_algorithm", "triton_heuristics", "triton.testing")
 """Parts of the names of modules that try kernels out and mean to survive what that runs into."""
 
+_REFUSED_BY_HOST = "DefaultCPUAllocator: can't allocate memory"
+
 trial: Any = sys.modules.get("_autobatch_trial")  # which has loaded this module
 
 
@@ -33,6 +35,8 @@ class _Training:
         """The first that stepped: where several take turns, as in a GAN, its steps are the training's."""
         self.out_of_memory = ""
         """The last out-of-memory error since a step ended. One that a step follows was caught."""
+        self.refusals = 0
+        """How many there have been since a step ended."""
         self.handles: list[Any] = []
         """Of hooks that wait for the first forward pass."""
         self.idle_resident_bytes: int | None = None
@@ -120,7 +124,7 @@ def _count(state: _Training, report: dict[str, Any]) -> None:
     report.setdefault("step_times_s", []).append(now_s - state.began_s)
     report.setdefault("retries", []).append(_retries(cuda))
     report.update(steps=report["steps"] + 1, ranks=_ranks(state.torch), **measure())
-    state.began_s = now_s
+    state.began_s, state.refusals = now_s, 0
     trial.write()
 
 
@@ -133,7 +137,7 @@ def _finish() -> NoReturn:
             told = state.history.finish()
             trial.write_beside("history", told if state.request["records"] else None)
             if state.history.ran_out:
-                report["caught"] = "DefaultCPUAllocator: can't allocate memory"
+                report["caught"] = _REFUSED_BY_HOST
         report.update(done=True, samples=_samples(state.request["batch_size"]))
         trial.write()
         # A last look for garbage among all that torch has made would take half a second; what this run has made is
@@ -200,7 +204,7 @@ def _limit_host() -> None:
     if is_wanted and threading.current_thread() is threading.main_thread():
         state.history = trial.load("device/host_history").begin(state.torch)
         if state.history is not None:
-            atexit.register(state.history.end)
+            atexit.register(_end_history, state.history)
     process = trial.load("device/process")
     data_bytes, state.idle_resident_bytes = process.idle_bytes()
     limit_bytes = state.request["limit_bytes"]
@@ -212,6 +216,23 @@ def _limit_host() -> None:
     state.idle_data_bytes, state.old_space_bytes = data_bytes + holes_bytes, process.status_bytes().get("VmPeak", 0)
     users_bytes, data_bytes = process.soft_limit_bytes(), data_bytes + holes_bytes + limit_bytes
     state.soft_limit_bytes = process.limit_data(data_bytes if users_bytes is None else min(data_bytes, users_bytes))
+
+
+def _end_history(history: Any) -> None:
+    """At the end of the process, of which nothing is known yet if it has neither made its steps nor failed."""
+    if history.finish() is None and history.ran_out and not trial.report["done"]:
+        lift_limit()
+        _note_refusal(_REFUSED_BY_HOST)
+
+
+def _note_refusal(error: str) -> None:
+    """Puts on disk that there was no memory: a command that catches that may end without a word, or never."""
+    state = _training
+    assert state is not None
+    state.out_of_memory, state.refusals = error, state.refusals + 1
+    if state.refusals <= trial.MOST_REFUSALS and not trial.report["done"]:
+        trial.report.update(refused=error, refusals=state.refusals)
+        trial.write()
 
 
 def lift_limit() -> None:
@@ -231,7 +252,7 @@ def _notice_errors(torch: Any) -> None:
     def init(self: BaseException, *args: Any, **kwargs: Any) -> None:
         make(self, *args, **kwargs)
         if _training is not None and not _is_benchmark():
-            _training.out_of_memory = trial.load("device/oom").first_line(self)
+            _note_refusal(trial.load("device/oom").first_line(self))
 
     torch.OutOfMemoryError.__init__ = init
 

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 _FOLDER = os.environ.get("AUTOBATCH_TRIAL", "")
 _FRACTION = "per_process_memory_fraction"  # a setting of torch's caching allocators, in force from their first byte
 
+MOST_REFUSALS = 3
+"""After so many out-of-memory errors with no step between them, no step is waited for."""
+
 report: dict[str, Any] = {}
 """What the prober will read of this process."""
 

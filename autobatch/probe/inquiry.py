@@ -10,7 +10,7 @@ from typing import Any
 
 from autobatch.device.oom import first_line
 from autobatch.errors import DoesNotFitError
-from autobatch.probe.advice import fragmentation_notes, malloc_notes
+from autobatch.probe.advice import fragmentation_notes, malloc_notes, order_notes
 from autobatch.probe.executor import Executor, Setting
 from autobatch.probe.foresight import Recorded
 from autobatch.probe.search import SearchAnswer
@@ -142,7 +142,8 @@ class Inquiry:
             notes=(*(note for mode, found in answers.items() for note in of_mode(mode, found.notes)), *self._doubts),
             duration_s=duration_s,
         )
-        return replace(result, notes=(*result.notes, *fragmentation_notes(result), *malloc_notes(result)))
+        further = (*fragmentation_notes(result), *malloc_notes(result), *order_notes(result))
+        return replace(result, notes=(*result.notes, *further))
 
     def _ask(self, size: int, mode: str) -> Trial:
         checked = self._checked.pop((size, mode), None)

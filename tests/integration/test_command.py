@@ -155,6 +155,24 @@ class TestEndings:
         assert trial.outcome is Outcome.OOM
         assert "DefaultCPUAllocator: can't allocate memory" in trial.message
 
+    @pytest.mark.parametrize("how", ["leave", "fail_otherwise"])
+    def test_also_where_nothing_of_it_leaves_the_process(self, log, how):
+        """Its exit code is 0, or its error another one."""
+        device = HostDevice(memory_limit_bytes=256 * MIB)
+        with closing(CommandExecutor(Command([*ODD, how, "{batch_size}"], log=log), device)) as executor:
+            request = TrialRequest(batch_size=400, steps=3, limit_bytes=256 * MIB, records=True)
+            done = executor.run(request)
+        assert done.trial.outcome is Outcome.OOM
+        assert "DefaultCPUAllocator: can't allocate memory" in done.trial.message
+        assert (done.suspect is None) == (how == "leave")
+
+    @pytest.mark.parametrize("how", ["leave", pytest.param("skip", marks=pytest.mark.slow)])
+    def test_on_a_gpu_too_where_it_may_go_on_for_ever(self, log, how):
+        (done,) = recorded([*ODD, how, "{batch_size}"], log, 60_000)
+        assert done.trial.outcome is Outcome.OOM
+        assert "CUDA out of memory" in done.trial.message
+        assert done.suspect is None
+
     @pytest.mark.parametrize(("mebibytes", "outcome"), [(220, Outcome.FITS), (300, Outcome.OVER_HEADROOM)])
     def test_what_finds_its_place_in_the_holes_of_a_heap_counts(self, log, mebibytes, outcome):
         assert attempt([*ODD, "in_holes", "{batch_size}"], log, mebibytes).trial.outcome is outcome
@@ -172,7 +190,7 @@ class TestEndings:
     @pytest.mark.parametrize(
         ("words", "said"),
         [
-            ([*CODE, "pass"], "exit code 0, before any optimizer step"),
+            ([*CODE, "pass"], "exit code 0 before any optimizer step"),
             ([*ODD, "key_error"], "KeyError: 'column 7'"),
             ([*CODE, "import os; os.kill(os.getpid(), 9)"], "exit code -9"),
         ],

@@ -201,6 +201,11 @@ class TestShell:
             (["--gpu", "t4"], "give a TARGET, or a command after --"),
             (["hf:gpt2", "--gpu", "t4", "--", PYTHON, BATCH], "not both"),
             (["hf:gpt2", "--gpu", "t4", "--verbose"], "--verbose: must be left out"),
+            (
+                ["hf:gpt2", "--gpu", "t4", "--step-within", "9"],
+                "--step-within 9.0: must be left out",
+            ),
+            (["--step-within", "nan", "--", PYTHON, BATCH], "--step-within"),
             (["--gpu", "t4", "--precision", "bf16", "--", PYTHON, BATCH], "--precision bf16: must be left out"),
             (["--gpu", "t4", "--seq-len", "8", "--", PYTHON, BATCH], "--seq-len 8: must be left out"),
             (["--gpu", "t4", "--compile", "--", PYTHON, BATCH], "--compile: must be left out"),
@@ -266,6 +271,15 @@ class TestVerdict:
         assert trial.outcome is Outcome.OOM
         assert SHRANK in trial.message
 
+    def test_an_error_that_was_caught_at_the_end_is_no_fit_and_no_other_failure(self):
+        """Whatever the exit code, and also after a step; where another error follows, it may be that one."""
+        for steps, code in ((0, 0), (1, 0), (1, 3), (0, None)):
+            done = verdict(report(steps=steps, done=False, refused="CUDA out of memory", refusals=1), code=code)
+            assert (done.trial.outcome, done.suspect) == (Outcome.OOM, None)
+        done = verdict({**failure(None), "refused": "CUDA out of memory", "refusals": 1}, code=1)
+        assert done.trial.outcome is Outcome.OOM
+        assert "CUDA out of memory, and then RuntimeError: why" in str(done.suspect)
+
     def test_a_command_that_trains_to_its_end_in_fewer_steps_has_fitted(self):
         assert verdict(report(steps=2, done=False), code=0).trial.fits
 
@@ -283,14 +297,15 @@ class TestVerdict:
         ("reports", "options", "said"),
         [
             ([], {}, "-I, -E or -S, an `env -i`"),
-            ([report(steps=0)], {}, "exit code 0, before any optimizer step"),
+            ([report(steps=0)], {}, "exit code 0 before any optimizer step"),
             ([report(steps=0)], {"code": 2}, "exit code 2 before any optimizer step"),
             ([{**failure(None), "steps": 0}], {"code": 1}, "RuntimeError: why"),
             ([report(steps=0)], {"code": None, "silent": True}, "no optimizer step within"),
             ([report(done=False)], {"code": None, "silent": True}, "no further optimizer step within"),
-            ([report(done=False)], {"code": 1}, "lost after some steps"),
-            ([report(ranks=2)], {"code": 1}, "lost after some steps"),
-            ([report(done=False)], {"code": -9}, "lost after some steps"),
+            ([report(done=False)], {"code": 1}, "exit code 1 after 3 of 3 optimizer steps"),
+            ([report(ranks=2)], {"code": 1}, "exit code 1 after 3 of 3 optimizer steps"),
+            ([report(done=False)], {"code": -9}, "exit code -9 after 3 of 3 optimizer steps"),
+            ([report(done=False)], {"code": None}, "a process of it was lost after 3 of 3 optimizer steps"),
             ([report(device="cpu")], {}, "trained on the CPU"),
         ],
     )

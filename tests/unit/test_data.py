@@ -321,6 +321,7 @@ def test_lengths_that_differ_are_confirmed_in_shuffled_order_too() -> None:
     assert histories[:2] == ["a fresh start", "smaller batches"]
     assert histories[2:] == [f"shuffled epoch {number}" for number in range(1, finder.SHUFFLES_AT_THE_EDGE + 1)]
     assert result.confirmation[-1].steps > 20
+    assert "Samples differ in length: 20 shuffled orders ran, and without headroom another one may not." in result.notes
 
 
 @pytest.mark.slow

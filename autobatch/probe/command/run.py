@@ -16,6 +16,7 @@ from typing import IO, Any
 
 import psutil
 
+from autobatch.hook.trial import MOST_REFUSALS
 from autobatch.replay.trace import Trace, trace_of
 
 LEAVE_WITHIN_S = 10.0
@@ -77,7 +78,9 @@ class TrialFolder:
     @property
     def decided(self) -> bool:
         """Whether a process has been measured, or has run out of memory."""
-        return any(r["done"] or r.get("failure", {}).get("tier") for r in self.reports)
+        return any(
+            r["done"] or r.get("failure", {}).get("tier") or r.get("refusals", 0) >= MOST_REFUSALS for r in self.reports
+        )
 
     def traces(self) -> Iterator[tuple[int, Trace]]:
         """What each process has recorded of itself (:mod:`autobatch.device.recording`)."""

@@ -42,6 +42,8 @@ def attempt_of(request: TrialRequest, ending: Ending, *, kind: str, killed: bool
     caught = next((report["caught"] for report in ending.reports if "caught" in report), None)
     if caught is not None:
         return _failed(request, ending, Tier.DEFINITE, f"{caught}: {SHRANK}")
+    if (attempt := _refused(request, ending)) is not None:
+        return attempt
     lost = [report for report in ending.reports if report["steps"] and not report["done"]]
     trained = [report for report in ending.reports if report["steps"]]
     is_whole = bool(trained) and len(trained) >= max(report["ranks"] for report in trained)
@@ -66,6 +68,17 @@ def _measured(request: TrialRequest, ending: Ending, trained: list[Report], kind
     return Attempt(trial=_trial(request, trained, None, ""), trace=ending.traces.get(largest["pid"]))
 
 
+def _refused(request: TrialRequest, ending: Ending) -> Attempt | None:
+    """What it means that memory was refused and the command caught that, if it did: it ended in another way then."""
+    error = next((report["refused"] for report in ending.reports if "refused" in report and not report["done"]), None)
+    if error is None:
+        return None
+    told = next((report["failure"] for report in ending.reports if "failure" in report), None)
+    if told is not None:  # which may have had nothing to do with it
+        return _failed(request, ending, Tier.SUSPECT, f"{error}, and then {told['type']}: {told['message']}")
+    return _failed(request, ending, Tier.DEFINITE, f"{error}: the command caught it and made no step after it")
+
+
 def _without_measurement(
     request: TrialRequest, ending: Ending, *, kind: str, killed: bool, smaller_fitted: bool
 ) -> Attempt:
@@ -84,11 +97,10 @@ def _without_measurement(
         return Attempt(trial=_trial(request, [], Tier.LIMIT, _ENDED))
     told = [report["failure"] for report in ending.reports if "failure" in report]
     reason = f": {told[0]['type']}: {told[0]['message']}" if told else ""
-    if any(report["steps"] for report in ending.reports):
-        _fail(request, ending, f"a process of it was lost after some steps{reason}")
-    if ending.code == 0:
-        _fail(request, ending, "it ended, with exit code 0, before any optimizer step")
-    _fail(request, ending, f"it ended with exit code {ending.code} before any optimizer step{reason}")
+    made = max(report["steps"] for report in ending.reports)
+    how = f"it ended with exit code {ending.code}" if ending.code is not None else "a process of it was lost"
+    when = f"after {made} of {request.steps} optimizer steps" if made else "before any optimizer step"
+    _fail(request, ending, f"{how} {when}{reason}")
 
 
 def _failed(request: TrialRequest, ending: Ending, tier: Tier, message: str) -> Attempt:
