@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from autobatch.errors import AutobatchWarning, DeviceError, DeviceNotFoundError, InvalidArgumentError
-from autobatch.virtual import attach, host
+from autobatch.virtual import attach, folders, host
 from autobatch.virtual.catalog import find_card
 from autobatch.virtual.device import VirtualGPU
 from autobatch.virtual.resolve import resolve_device
@@ -90,6 +90,22 @@ def test_folders_of_killed_makers_are_swept_when_they_are_old(monkeypatch, tmp_p
         os.utime(folder, (0, 0))
     new = attach.make_state_folder()
     assert {alive, young, other, new} == set(tmp_path.iterdir())
+
+
+def test_what_nobody_else_uses_is_swept_as_soon_as_its_maker_is_known_to_be_gone(tmp_path):
+    """As the folder of a command's trial, which may hold a checkpoint."""
+    mine = folders.make_folder("trial-", tmp_path, ends_with_maker=True)
+    numbering = mine.name.split("-")[3]
+    assert numbering
+    gone, elsewhere, unknown = (tmp_path / f"trial-1-99999-{name}" for name in (f"{numbering}-a", "9f-b", "c"))
+    for folder in (gone, elsewhere, unknown):
+        folder.mkdir()
+        (folder / "weights").touch()
+    new = folders.make_folder("trial-", tmp_path, ends_with_maker=True)
+    assert {mine, elsewhere, unknown, new} == set(tmp_path.iterdir())
+    (tmp_path / f"trial-1-99999-{numbering}-d").mkdir()
+    last = folders.make_folder("trial-", tmp_path)  # of what others may use the young ones stay
+    assert len(set(tmp_path.iterdir()) - {mine, elsewhere, unknown, new, last}) == 1
 
 
 def test_too_late_once_torch_is_imported(monkeypatch):
