@@ -114,9 +114,13 @@ class Recorded:
         return foretold is not None and foretold.is_sure and size > foretold.most >= self._fitted
 
     def is_at_the_end(self, size: int) -> bool:
-        """Whether ``size`` is the largest that is foretold to fit, or nearly so: then what was done before decides."""
+        """Whether ``size`` is the largest that is foretold to fit, or nearly so, in a process that begins with it: what
+        was done before decides then. Where small batches before it are what decides, a process has to have run them.
+        """
         foretold = self._foretold
-        return foretold is not None and foretold.is_sure and foretold.least <= size <= foretold.most
+        if foretold is None or not foretold.is_sure or foretold.alone > foretold.most:
+            return False
+        return foretold.least <= size <= foretold.most
 
     def more_steps(self, size: int) -> int:
         """How many more steps to run ``size``: a GPU that is expected to fail may do so in a later one."""

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from autobatch.errors import AutobatchWarning
+from autobatch.probe import foresight
 from autobatch.probe.foresight import Recorded
 from autobatch.probe.trial import Attempt
 from autobatch.replay.forecast import MORE_STEPS, Forecast
@@ -55,6 +56,13 @@ def test_the_end_is_where_the_forecast_is_and_not_beyond() -> None:
     assert not found.is_at_the_end(92)  # nothing has been foretold
     found.forecast(3)
     assert [found.is_at_the_end(size) for size in (91, 92, 93)] == [False, True, False]
+
+
+def test_where_small_batches_decide_the_end_is_not_for_a_process_that_has_run_none(monkeypatch) -> None:
+    found = recorded(attempt(1), attempt(3))
+    monkeypatch.setattr(foresight, "forecast", lambda *args, **options: Forecast(92, 92, 95))
+    found.forecast(3)
+    assert not any(found.is_at_the_end(size) for size in (91, 92, 93))
 
 
 def test_without_a_capacity_nothing_is_foretold() -> None:
