@@ -12,7 +12,7 @@ import mmap
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import psutil
@@ -221,11 +221,14 @@ class HostDevice:
 
 def _check_platform() -> None:
     """Raises DeviceError unless there is the limit, and ``/proc`` to tell how far from it a process is."""
-    if sys.platform != "linux" or "VmData" not in process.status_bytes():
-        raise DeviceError(
-            f"host memory cannot be limited on this platform ({sys.platform}): that takes Linux, with /proc. "
-            "Possible here: a GPU or another accelerator, or the same command in a Linux container or WSL 2"
-        )
+    with suppress(ImportError):
+        importlib.import_module("resource")
+        if sys.platform == "linux" and "VmData" in process.status_bytes():
+            return
+    raise DeviceError(
+        f"host memory cannot be limited on this platform ({sys.platform}): that takes Linux, with /proc. "
+        "Possible here: a GPU or another accelerator, or the same command in a Linux container or WSL 2"
+    )
 
 
 def _limit(soft_bytes: int | None, more_bytes: int = 0) -> None:
