@@ -219,8 +219,13 @@ def _limit_host() -> None:
 
 
 def _end_history(history: Any) -> None:
-    """At the end of the process, of which nothing is known yet if it has neither made its steps nor failed."""
-    if history.finish() is None and history.ran_out and not trial.report["done"]:
+    """At the end of the process, of which nothing is known yet if it has neither made its steps nor failed.
+
+    What a fork has inherited is its parent's: it only ends it.
+    """
+    if _training is None or _training.history is not history:
+        history.end()
+    elif history.finish() is None and history.ran_out and not trial.report["done"]:
         lift_limit()
         _note_refusal(_REFUSED_BY_HOST)
 

@@ -136,7 +136,10 @@ class Bracket:
         """As :meth:`guess`, but as far as it likes where plain growth could still go on from here if that fails."""
         grown = self._plain_growth(self.low)[0]
         can_grow_on = self._allowance is None and len(self.trials) + 1 <= grown + _SPARE_TRIALS
-        self.try_rank(rank if can_grow_on else self._affordable(max(rank, self.low + 1)))
+        if can_grow_on:
+            self.try_rank(rank)
+        else:
+            self.guess(rank)
 
     def try_rank(self, rank: int) -> None:
         """Asks the size at ``rank``, or at the nearest rank inside the bracket, and learns from the answer."""
