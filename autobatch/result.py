@@ -17,6 +17,8 @@ from autobatch.errors import InvalidArgumentError
 from autobatch.units import format_bytes, format_seconds
 
 FORMAT_VERSION = 1
+FRESH = "a fresh start"
+"""The ``history`` of a run in a process that ran nothing before, as training begins."""
 SHUFFLED = "shuffled epoch"
 """How the ``history`` of a run that took shuffled batches begins; its number follows."""
 PROOFS = ("next_size_failed", "stepped_down", "max_batch_size", "dataset", "memory_model", "time_limit")
@@ -76,7 +78,8 @@ class Trial:
 class BatchSizeResult:
     """The answer of a search. ``str()`` prints it as a table, ``repr()`` as one line.
 
-    ``batch_size`` was run: it is in ``trials``, or, where a larger size was not confirmed, in ``confirmation`` alone.
+    ``batch_size`` was run: it is in ``trials``, or in ``confirmation`` alone where a larger size was not confirmed or
+    where trials of others had told that memory ends there.
     ``proof`` says why the search stopped there: ``next_size_failed`` (the next permitted size does not fit),
     ``stepped_down`` (``smallest_failure`` was not confirmed, and not every size between was tried),
     ``max_batch_size`` or ``dataset`` (a cap was reached), ``memory_model`` (the caller chose to provoke no failure),

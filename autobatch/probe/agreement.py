@@ -163,7 +163,8 @@ class Agreement:
         if len(known) < len(told):
             return None
         least, most, alone = (min(sizes) for sizes in zip(*((f.least, f.most, f.alone) for f in known), strict=True))
-        return Forecast(least, most, alone, is_from_afar=any(f.is_from_afar for f in known))
+        is_from_afar, is_rough = any(f.is_from_afar for f in known), any(f.is_rough for f in known)
+        return Forecast(least, most, alone, is_from_afar=is_from_afar, is_rough=is_rough)
 
     def setting(self, own: Setting, budget_bytes: int | None) -> Setting:
         """The setting of the rank that has the least memory, with what data all ranks have.

@@ -87,14 +87,16 @@ class Recorded:
         refused = min((other for other in self._refused if other > size), default=None)
         if refused is not None:
             seen = scaling(self._traces[larger], larger, self._refused[refused], refused)
-            return forecast(seen, self._capacity_bytes - self._beside_bytes(seen), smallest=smallest, fitted=size)
-        if len(recorded) < 2:
+            foretold = forecast(seen, self._capacity_bytes - self._beside_bytes(seen), smallest=smallest, fitted=size)
+        elif len(recorded) < 2:
             return None
-        seen = scaling(self._traces[recorded[-2]], recorded[-2], self._traces[larger], larger)
-        foretold = forecast(seen, self._capacity_bytes - self._beside_bytes(seen), smallest=smallest)
+        else:
+            seen = scaling(self._traces[recorded[-2]], recorded[-2], self._traces[larger], larger)
+            foretold = forecast(seen, self._capacity_bytes - self._beside_bytes(seen), smallest=smallest)
         if foretold is None or not self._is_of_host:
             return foretold
-        return replace(foretold, is_from_afar=_AFAR * self._fitted < foretold.least)
+        is_from_afar = refused is None and _AFAR * self._fitted < foretold.least
+        return replace(foretold, is_from_afar=is_from_afar, is_rough=True)
 
     def _beside_bytes(self, seen: Scaling) -> int:
         """What a process of the host takes beside torch's tensors, as the largest trial that fitted shows it. A GPU's
@@ -126,6 +128,9 @@ class Recorded:
         """How many more steps to run ``size``: a GPU that is expected to fail may do so in a later one."""
         return MORE_STEPS if self.expects_failure(size) and not self._is_of_host else 0
 
-    def expects_failure_behind_small(self, size: int) -> bool:
-        """Whether it fails behind small batches alone."""
+    def belongs_behind_small(self, size: int) -> bool:
+        """Whether a trial of it is to run small batches first: where it is foretold to fail behind them alone, and on
+        the host once nothing more is recorded, for there what fails mostly does so behind others."""
+        if self._is_of_host:
+            return not self.wants()
         return self._foretold is not None and self.expects_failure(size) and size <= self._foretold.alone

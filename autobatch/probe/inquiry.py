@@ -17,7 +17,7 @@ from autobatch.probe.search import SearchAnswer
 from autobatch.probe.search.within import search_within
 from autobatch.probe.trial import Attempt, TrialRequest
 from autobatch.replay.forecast import Forecast
-from autobatch.result import SHUFFLED, BatchSizeResult, Trial
+from autobatch.result import FRESH, SHUFFLED, BatchSizeResult, Trial
 from autobatch.units import MIB, format_bytes
 
 CONFIRM_STEPS = 20
@@ -163,7 +163,7 @@ class Inquiry:
         if self._foresight is None:
             return self._request(size, mode, self.steps, before)
         steps = self.steps + self._foresight.more_steps(size)
-        if self.executor.begins_small and self._foresight.expects_failure_behind_small(size):
+        if self.executor.begins_small and self._foresight.belongs_behind_small(size):
             return self._request(size, mode, steps, (*before, *self._two_small(size, mode)))
         request = self._request(size, mode, steps, before)
         return replace(request, records=self._foresight.wants(), afresh=self._foresight.is_at_the_end(size))
@@ -178,7 +178,7 @@ class Inquiry:
 
     def _fresh(self, size: int, mode: str) -> TrialRequest:
         before = () if self._trained is None else (self._trained,)
-        return replace(self._request(size, mode, CONFIRM_STEPS, before), history="a fresh start")
+        return replace(self._request(size, mode, CONFIRM_STEPS, before), history=FRESH)
 
     def _confirm(self, size: int, mode: str) -> Trial:
         fresh = self._fresh(size, mode)

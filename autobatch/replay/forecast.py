@@ -29,6 +29,8 @@ class Forecast:
     """The largest that should fit as long as nothing smaller comes before it."""
     is_from_afar: bool = False
     """True where it depends on what a process has beside tensors, and that was seen from a much smaller batch."""
+    is_rough: bool = False
+    """True where the allocator is modelled but nearly, so that what is foretold has to be tried."""
 
     @property
     def is_sure(self) -> bool:

@@ -105,9 +105,9 @@ def test_of_several_forecasts_the_least_counts() -> None:
     own = [Forecast(90, 100, 110), Forecast(95, 97, 120), Forecast(92, 99, 105)]
     told = together(*(lambda agreement, mine=mine: agreement.forecast(mine) for mine in own))
     assert told == [Forecast(90, 97, 105)] * 3
-    from_afar = Forecast(100, 110, 120, is_from_afar=True)
+    from_afar = Forecast(100, 110, 120, is_from_afar=True, is_rough=True)
     told = together(lambda a: a.forecast(own[0]), lambda a: a.forecast(from_afar))
-    assert told == [Forecast(90, 100, 110, is_from_afar=True)] * 2
+    assert told == [Forecast(90, 100, 110, is_from_afar=True, is_rough=True)] * 2
     assert together(lambda a: a.forecast(own[0]), lambda a: a.forecast(None)) == [None, None]
     assert Agreement().forecast(own[0]) == own[0]
 

@@ -48,7 +48,7 @@ def test_two_do() -> None:
     assert found.forecast(3) == Forecast(92, 92, 92)  # (1024 - 100) / 10
     assert found.expects_failure(93)
     assert not found.expects_failure(92)
-    assert not found.expects_failure_behind_small(93)
+    assert not found.belongs_behind_small(93)
 
 
 def test_the_end_is_where_the_forecast_is_and_not_beyond() -> None:
@@ -127,14 +127,14 @@ def of_host(n: int, peak_bytes: int | None = None, *, is_recorded: bool = True) 
 def test_on_the_host_what_a_process_has_beside_tensors_is_as_at_the_largest_trial() -> None:
     found = recorded(of_host(1, 200 * MIB), of_host(3, 180 * MIB))
     # 130 MiB are tensors of three samples, and 50 are others.
-    assert found.forecast(3) == Forecast(87, 87, 87, is_from_afar=True)
+    assert found.forecast(3) == Forecast(87, 87, 87, is_from_afar=True, is_rough=True)
     found.learn(of_host(40, 530 * MIB, is_recorded=False))
-    assert found.forecast(40) == Forecast(89, 89, 89)
+    assert found.forecast(40) == Forecast(89, 89, 89, is_rough=True)
 
 
 def test_on_the_host_peaks_that_are_not_known_say_nothing() -> None:
     """As in a process that had more before: there a forecast from near is not one from afar for that."""
-    assert recorded(of_host(1), of_host(40)).forecast(40) == Forecast(92, 92, 92)
+    assert recorded(of_host(1), of_host(40)).forecast(40) == Forecast(92, 92, 92, is_rough=True)
     assert recorded(of_host(1, 120 * MIB), of_host(40)).forecast(40).is_from_afar is False
 
 
@@ -148,6 +148,15 @@ def test_on_the_host_no_more_is_recorded_than_it_takes() -> None:
     on_a_gpu = recorded(attempt(1), attempt(3))
     on_a_gpu.forecast(3)
     assert on_a_gpu.wants()
+
+
+def test_on_the_host_trials_run_behind_small_batches_once_nothing_more_is_recorded() -> None:
+    """What kernels keep for each size is part of what a process has beside tensors, then and in training."""
+    found = recorded(of_host(1))
+    assert not found.belongs_behind_small(3)
+    found.learn(of_host(3))
+    found.forecast(3)
+    assert [found.belongs_behind_small(size) for size in (10, 92, 93)] == [True] * 3
 
 
 def test_a_size_that_a_gpu_is_foretold_to_fail_at_is_run_longer() -> None:

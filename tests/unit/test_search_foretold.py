@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,8 +15,8 @@ from autobatch.errors import DoesNotFitError
 from autobatch.probe.search import search
 from autobatch.probe.search.rounding import Rounding
 from autobatch.replay.forecast import Forecast
-from autobatch.result import Outcome
-from tests.unit.test_search import CAPACITY, Oracle, affine, confirmed, odd_oracles, plain_cost, up_to
+from autobatch.result import FRESH, Outcome, Trial
+from tests.unit.test_search import CAPACITY, Oracle, affine, odd_oracles, plain_cost, up_to
 
 
 class Foretells:
@@ -33,19 +34,79 @@ class Foretells:
         return said if said is None or isinstance(said, Forecast) else Forecast(said, said)
 
 
-def foretold(oracle: Oracle, say: Any, **options: Any) -> Any:
+class Confirms:
+    """Runs a size by itself in a fresh process, then behind small batches, where only what ``keeps`` fits."""
+
+    def __init__(self, fits: Callable[[int], bool], keeps: Callable[[int], bool] = lambda size: True) -> None:
+        self._fits, self._keeps = fits, keeps
+        self.kept: list[int] = []
+        self.refused: list[int] = []
+
+    def __call__(self, size: int) -> Trial:
+        fits_alone = self._fits(size)
+        fits = fits_alone and self._keeps(size)
+        (self.kept if fits else self.refused).append(size)
+        history = "smaller batches" if fits_alone else FRESH
+        return Trial(batch_size=size, outcome=Outcome.FITS if fits else Outcome.OOM, history=history)
+
+
+def foretold(oracle: Oracle, say: Any, confirm: Any = None, **options: Any) -> Any:
     options = {"multiple_of": 1, "capacity_bytes": CAPACITY, **options}
-    return search(oracle, confirmed, foresight=Foretells(oracle, say), **options)
+    return search(oracle, confirm or Confirms(oracle.fits), foresight=Foretells(oracle, say), **options)
 
 
 @pytest.mark.parametrize("limit", [3, 4, 7, 11, 39, 185, 1000, 50_000])
-def test_a_true_forecast_needs_four_trials_and_one_failure(limit: int) -> None:
-    """Two small sizes, the answer and the next one; and one on the way to an answer a thousand times as large."""
+def test_a_true_forecast_needs_three_trials_and_one_failure(limit: int) -> None:
+    """Two small sizes and the one above the answer; and two on the way to an answer a thousand times as large."""
     oracle = affine(limit)
     answer = foretold(oracle, lambda size: limit)
     assert (answer.batch_size, answer.proof, answer.smallest_failure) == (limit, "next_size_failed", limit + 1)
-    assert len(oracle.trials) <= (4 if limit < 1500 else 5)
+    assert len(oracle.trials) <= (3 if limit < 1500 else 5)
     assert oracle.failures == 1
+
+
+@pytest.mark.parametrize("limit", [40, 370])
+def test_a_forecast_that_is_only_rough_is_tried_itself(limit: int) -> None:
+    oracle = affine(limit)
+    assert foretold(oracle, lambda size: Forecast(limit, limit, is_rough=True)).batch_size == limit
+    assert list(oracle.trials) == [1, 3, limit, limit + 1]
+
+
+def test_one_that_differs_from_the_first_is_tried_itself_unless_it_is_near() -> None:
+    oracle = affine(1000)
+    assert foretold(oracle, lambda size: {3: 800, 801: 1000}.get(size, 1000)).batch_size == 1000
+    assert list(oracle.trials) == [1, 3, 801, 1000, 1001]
+    near = affine(1000)
+    assert foretold(near, lambda size: 960 if size == 3 else 1000).batch_size == 1000
+    assert list(near.trials) == [1, 3, 961, 1001]
+
+
+@pytest.mark.parametrize("limit", [40, 370, 1400])
+def test_a_size_taken_on_trust_that_does_not_fit_is_searched_below(limit: int) -> None:
+    """As if it had been tried: not stepped down from, which would give up sizes that fit."""
+    oracle = affine(limit)
+    confirm = Confirms(oracle.fits)
+    answer = foretold(oracle, lambda size: round(1.05 * limit) if size < limit // 3 else limit, confirm)
+    assert (answer.batch_size, answer.proof, answer.notes) == (limit, "next_size_failed", ())
+    assert (confirm.refused, confirm.kept) == ([round(1.05 * limit)], [limit])
+    assert len(oracle.trials) <= 6
+    assert oracle.failures <= 2
+
+
+def test_a_size_taken_on_trust_that_fits_by_itself_alone_is_stepped_down_from() -> None:
+    oracle = affine(300)
+    answer = foretold(oracle, lambda size: 300, Confirms(oracle.fits, keeps=lambda size: size < 295))
+    assert (answer.batch_size, answer.smallest_failure) == (294, 295)
+    assert list(oracle.trials) == [1, 3, 301]
+    assert answer.notes[0] == "A batch of 300 did not keep fitting (oom)."
+
+
+def test_what_fits_beyond_a_forecast_and_is_refused_is_stepped_down_to_the_forecast() -> None:
+    """It was right about what keeps fitting; a thirty-third less would give up more."""
+    oracle, told = affine(303), Confirms(lambda size: True, keeps=lambda size: size <= 300)
+    answer = foretold(oracle, lambda size: 300 if size < 300 else 303, told)
+    assert answer.batch_size == 300
+    assert (list(oracle.trials), told.refused, told.kept) == ([1, 3, 301, 304], [303], [300])
 
 
 @pytest.mark.parametrize("limit", [1, 2])
@@ -69,7 +130,7 @@ def test_where_nothing_was_recorded_the_guess_is_asked_all_the_same() -> None:
     oracle = affine(100)
     foresight = Foretells(oracle, lambda size: 5, recorded=lambda size: False)
     options: dict[str, Any] = {"multiple_of": 1, "capacity_bytes": CAPACITY, "first_guess": 100}
-    answer = search(oracle, confirmed, foresight=foresight, **options)
+    answer = search(oracle, Confirms(oracle.fits), foresight=foresight, **options)
     assert answer.batch_size == 100
     assert list(oracle.trials)[1] == 100
     assert len(oracle.trials) <= 4
@@ -105,14 +166,14 @@ def test_an_unsure_forecast_is_not_asked() -> None:
     oracle = affine(300)
     answer = foretold(oracle, lambda size: 300 if size > 3 else Forecast(90, 400))
     assert answer.batch_size == 300
-    assert list(oracle.trials) == [1, 3, 4, 300, 301]
+    assert list(oracle.trials) == [1, 3, 4, 301]
 
 
 def test_a_guess_within_an_unsure_forecast_is_asked() -> None:
     oracle = affine(300)
     answer = foretold(oracle, lambda size: 300 if size > 200 else Forecast(90, 400), first_guess=298)
     assert answer.batch_size == 300
-    assert list(oracle.trials) == [2, 5, 298, 300, 301]
+    assert list(oracle.trials) == [2, 5, 298, 301]
 
 
 def test_of_a_sure_forecast_and_a_guess_a_little_below_the_lower_is_asked() -> None:
@@ -134,7 +195,7 @@ def test_what_is_foretold_is_rounded_down() -> None:
     oracle = affine(1400)
     answer = foretold(oracle, lambda size: 1400, multiple_of="auto")
     assert (answer.batch_size, answer.smallest_failure) == (1392, 1408)
-    assert len(oracle.trials) == 4
+    assert list(oracle.trials) == [1, 3, 1408]
 
 
 @settings(max_examples=400, deadline=None)
@@ -187,11 +248,14 @@ def test_lies_upon_lies_end_with_a_size_that_was_run(
 ) -> None:
     fits, foretells, kept = itertools.cycle(answers), itertools.cycle(said), itertools.cycle(recorded)
     oracle = Oracle(lambda n: n == 1 or (n < 10**6 and next(fits)), lambda n: (10**6 * n, 10**6 * n))
-    foresight = Foretells(oracle, lambda size: next(foretells), recorded=lambda size: next(kept))
-    answer = search(
-        oracle, confirmed, foresight=foresight, max_batch_size=cap, avoid_oom=avoid_oom, capacity_bytes=CAPACITY
+    foresight, confirm = (
+        Foretells(oracle, lambda size: next(foretells), lambda size: next(kept)),
+        Confirms(lambda n: n == 1 or (n < 10**6 and next(fits))),
     )
-    assert oracle.trials[answer.batch_size].fits
+    answer = search(
+        oracle, confirm, foresight=foresight, max_batch_size=cap, avoid_oom=avoid_oom, capacity_bytes=CAPACITY
+    )
+    assert answer.batch_size in confirm.kept
     assert cap is None or max(oracle.trials) <= cap
 
 
@@ -216,9 +280,9 @@ def test_a_guess_where_not_even_a_small_size_fits_asks_for_no_batch_of_none() ->
 def test_what_ran_and_did_not_fit_is_taken_into_the_next_forecast() -> None:
     """Between two sizes that ran the end is told better than beyond them."""
     oracle = Oracle(lambda n: n <= 88, lambda n: (10**9 * n, 10**9 * n), failure=Outcome.THRASHED)
-    answer = foretold(oracle, lambda size: 88 if 100 in oracle.trials else 100)
+    answer = foretold(oracle, lambda size: 88 if 101 in oracle.trials else 100)
     assert answer.batch_size == 88
-    assert list(oracle.trials) == [1, 3, 100, 88, 89]
+    assert list(oracle.trials) == [1, 3, 101, 89]
 
 
 @settings(deadline=None)

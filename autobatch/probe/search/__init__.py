@@ -108,7 +108,13 @@ def search(
     )
     _find(bracket, first_guess=first_guess, avoid_oom=avoid_oom, ceiling=ceiling)
     proof = _proof(bracket, avoid_oom=avoid_oom)
-    if settle(bracket, confirm):
+
+    def search_on() -> None:
+        nonlocal proof
+        _go_on(bracket, first_guess, trusts=False)
+        proof = _proof(bracket, avoid_oom=avoid_oom)
+
+    if settle(bracket, confirm, search_on):
         if not avoid_oom:
             regain(bracket, confirm)
         proof = "next_size_failed" if bracket.high == bracket.low + 1 else "stepped_down"
@@ -128,11 +134,16 @@ def _find(bracket: Bracket, *, first_guess: int | None, avoid_oom: bool, ceiling
     if avoid_oom:
         creep(bracket, math.inf if ceiling is None else ceiling)
     elif bracket.low:
-        follow(bracket, first_guess)
-        if first_guess is None or bracket.aim is not None:
-            _approach(bracket, first_guess)
-        _pass_the_aim(bracket, first_guess)
-        _close(bracket)
+        _go_on(bracket, first_guess, trusts=True)
+
+
+def _go_on(bracket: Bracket, first_guess: int | None, *, trusts: bool) -> None:
+    """Invariant: ``low`` fits. Follows what is foretold, and then the peaks, until the bracket is closed."""
+    follow(bracket, first_guess, trusts=trusts)
+    if first_guess is None or bracket.aim is not None:
+        _approach(bracket, first_guess)
+    _pass_the_aim(bracket, first_guess)
+    _close(bracket)
 
 
 def _begin(bracket: Bracket, first_guess: int | None, *, is_foretold: bool) -> None:

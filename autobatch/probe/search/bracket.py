@@ -32,8 +32,8 @@ class Foresight(Protocol):
 
 @dataclass(slots=True, kw_only=True)
 class Bracket:
-    """The largest rank that fitted, ``low`` (0 for none; in stepping down, the candidate, which need not have been
-    asked), and the smallest above it that did not, ``high``.
+    """The largest rank that fitted, ``low`` (0 for none; once it is a candidate, it need not have been asked), and the
+    smallest above it that did not, ``high``.
 
     Ranks count the permitted sizes (:class:`~autobatch.probe.search.rounding.Rounding`). Only ranks strictly inside are
     asked: so none is asked twice, and every answer shrinks the bracket.
@@ -60,6 +60,8 @@ class Bracket:
     failure: Trial | None = None
     """Why ``high`` does not fit."""
     notes: list[str] = field(default_factory=list)
+    foretold: list[int] = field(default_factory=list)
+    """The ranks where memory was foretold to end."""
     _forecasts: dict[tuple[int, int | None], Forecast | None] = field(default_factory=dict)
     """By the ranks between which they were made."""
     _allowance: int | None = None
@@ -175,8 +177,24 @@ class Bracket:
             self.doubt = max(abs(bound - former), self.doubt) * left
             self.is_steady = 2 * self.doubt < bound - self.size
 
+    @property
+    def ran_above(self) -> bool:
+        """True if the smallest failure ran, so that it tells something."""
+        return self.failure is not None and self.failure.outcome in (Outcome.THRASHED, Outcome.OVER_HEADROOM)
+
+    @property
+    def is_trusted(self) -> bool:
+        """True where ``low`` was never asked."""
+        return self.low not in self.trials
+
+    def distrust(self, refused: Trial) -> None:
+        """Puts ``low``, which was never asked, above the bracket, as if it had been; what fitted is below."""
+        self.high, self.failure = self.low, refused
+        self.low = max((rank for rank, trial in self.trials.items() if trial.fits and rank < self.low), default=0)
+
     def step_down(self, part: float, *, refused: Trial) -> None:
-        """Puts ``low``, which ``refused`` found not to keep fitting, above the bracket, and ``part`` of it below.
+        """Puts ``low``, which ``refused`` found not to keep fitting, above the bracket, and ``part`` of it below, or
+        less where less was foretold.
 
         A size known to fit is enough if it is most of that way down; above, it counts no more, for it is likely to be
         refused too.
@@ -187,7 +205,8 @@ class Bracket:
             below, min(self.high - 2, self.rank(self.rounding.size(self.high) * (1 - _MOST_OF_THE_WAY * part)))
         )
         known = (rank for rank, trial in self.trials.items() if trial.fits and below <= rank <= enough)
-        self.low = max(known, default=below)
+        foretold = (rank for rank in self.foretold if below <= rank < self.high)
+        self.low = max(foretold, default=max(known, default=below))
 
     def next_growth(self) -> int:
         """The rank that plain growth asks after ``low``."""

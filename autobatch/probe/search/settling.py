@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from autobatch.errors import DoesNotFitError
 from autobatch.probe.search.bracket import Ask, Bracket
-from autobatch.result import Trial
+from autobatch.result import FRESH, Trial
 
 STEP_DOWN = 1 / 33  # a candidate that is not confirmed is stepped down by this part of it
 _PATIENCE = 2  # so many such steps, and then each is twice the one before: what is refused still is far too large
@@ -12,19 +14,24 @@ _SEVERAL = 5  # more sizes than that given up in stepping down are worth one mor
 _LITTLE = 1 / 150  # once half was asked for again, this part of the size is not worth another
 
 
-def settle(bracket: Bracket, confirm: Ask) -> bool:
+def settle(bracket: Bracket, confirm: Ask, search_on: Callable[[], None]) -> bool:
     """Steps down until a size is confirmed; True if it had to.
 
     A size stepped down to is confirmed without a trial before: the confirmation runs it longer, and in the same process
-    first.
+    first. One that was taken on trust and does not fit even by itself was foretold wrongly, and ``search_on`` is called
+    to search below it.
     """
     refusals = 0
     while bracket.low:
         trial = confirm(bracket.size)
         if trial.fits:
             return refusals > 0
+        if not refusals and bracket.is_trusted and trial.history == FRESH:
+            bracket.distrust(trial)
+            search_on()
+            continue
         refusals += 1
-        _note_refusal(bracket, trial)
+        _note_refusal(bracket, trial, is_first=refusals == 1)
         bracket.step_down(min(1.0, STEP_DOWN * 2 ** max(0, refusals - _PATIENCE)), refused=trial)
     reason = f": {bracket.failure.message}" if bracket.failure and bracket.failure.message else ""
     raise DoesNotFitError(f"Not even a batch of {bracket.rounding.size(1)} fits{reason}", bracket.failure)
@@ -51,8 +58,10 @@ def regain(bracket: Bracket, confirm: Ask) -> None:
             _note_refusal(bracket, trial)
 
 
-def _note_refusal(bracket: Bracket, trial: Trial) -> None:
+def _note_refusal(bracket: Bracket, trial: Trial, *, is_first: bool = False) -> None:
     known = bracket.trials.get(bracket.rounding.rank(trial.batch_size))
-    how = "fitted once but did not keep fitting" if known is not None else "did not keep fitting either"
+    how = f"did not keep fitting{'' if is_first else ' either'}"
+    if known is not None:
+        how = "fitted once but did not keep fitting"
     reason = f"{trial.outcome.value}: {trial.message}" if trial.message else trial.outcome.value
     bracket.notes.append(f"A batch of {trial.batch_size} {how} ({reason}).")
