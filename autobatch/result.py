@@ -19,6 +19,8 @@ from autobatch.units import format_bytes, format_seconds
 FORMAT_VERSION = 1
 FRESH = "a fresh start"
 """The ``history`` of a run in a process that ran nothing before, as training begins."""
+AFTER_SEARCH = "the search itself"
+"""The ``history`` of a run in the process that searched."""
 SHUFFLED = "shuffled epoch"
 """How the ``history`` of a run that took shuffled batches begins; its number follows."""
 PROOFS = ("next_size_failed", "stepped_down", "max_batch_size", "dataset", "memory_model", "time_limit")
@@ -234,9 +236,10 @@ def _conclusion(result: BatchSizeResult) -> str:
     device = result.environment.get("device", "an unknown device")
     if result.environment.get("virtual"):
         device = f"{device} (virtual)"
-    refused = any(trial.batch_size == result.smallest_failure for trial in result.confirmation)
+    ran = (*result.trials, *result.confirmation)
+    fitted_once = any(trial.fits and trial.batch_size == result.smallest_failure for trial in ran)
     reasons = {
-        "next_size_failed": f"{result.smallest_failure} {'did not keep fitting' if refused else 'does not fit'}",
+        "next_size_failed": f"{result.smallest_failure} {'did not keep fitting' if fitted_once else 'does not fit'}",
         "stepped_down": f"{result.smallest_failure} did not keep fitting",
         "max_batch_size": _cap_reached(result),
         "dataset": "the data set has no more samples",

@@ -11,6 +11,7 @@ from autobatch.probe.trial import Attempt
 from autobatch.replay.forecast import MORE_STEPS, Forecast, TooLongError, forecast, peak_reserved_bytes
 from autobatch.replay.scaling import Scaling, scaling
 from autobatch.replay.trace import Trace
+from autobatch.result import AFTER_SEARCH, FRESH, Trial
 
 RECORDABLE = ("cuda", "rocm", "cpu")
 """The kinds of device of whose allocations there is a history."""
@@ -127,6 +128,11 @@ class Recorded:
     def more_steps(self, size: int) -> int:
         """How many more steps to run ``size``: a GPU that is expected to fail may do so in a later one."""
         return MORE_STEPS if self.expects_failure(size) and not self._is_of_host else 0
+
+    def refutes(self, confirming: Trial) -> bool:
+        """Whether a confirming run of a size that was never tried failed where a trial would have: by itself, in one of
+        the first steps."""
+        return confirming.history in (FRESH, AFTER_SEARCH) and confirming.steps < self._steps
 
     def belongs_behind_small(self, size: int) -> bool:
         """Whether a trial of it is to run small batches first: where it is foretold to fail behind them alone, and on

@@ -157,7 +157,7 @@ class Inquiry:
         return attempt.trial
 
     def _searching(self, size: int, mode: str) -> TrialRequest:
-        """A trial of the search. A size that is foretold to fail runs what it is foretold to fail in."""
+        """A trial of the search, longer or behind small batches where these are what it is foretold to fail in."""
         # One sample is enough for an evaluation to meet the optimizer's state.
         before = () if self._trained is None else (self._small("train", self._trained),)
         if self._foresight is None:
@@ -177,8 +177,9 @@ class Inquiry:
         return attempt.trial
 
     def _fresh(self, size: int, mode: str) -> TrialRequest:
-        before = () if self._trained is None else (self._trained,)
-        return replace(self._request(size, mode, CONFIRM_STEPS, before), history=FRESH)
+        if self._trained is None:
+            return replace(self._request(size, mode, CONFIRM_STEPS, ()), history=FRESH)
+        return replace(self._request(size, mode, CONFIRM_STEPS, (self._trained,)), history="a batch of training")
 
     def _confirm(self, size: int, mode: str) -> Trial:
         fresh = self._fresh(size, mode)
@@ -189,6 +190,8 @@ class Inquiry:
         shuffled = [replace(fresh, history=f"{SHUFFLED} {seed + 1}", shuffle_seed=seed) for seed in seeds]
         attempts = self.executor.confirm((*[fresh] * self.fresh, after_small, *shuffled))
         self.confirmation += [self._told(attempt.trial) for attempt in attempts]
+        if attempts[-1].suspect is not None:
+            self._suspects.setdefault(size, attempts[-1].suspect)
         return attempts[-1].trial
 
     def _two_small(self, size: int, mode: str) -> tuple[int, int]:

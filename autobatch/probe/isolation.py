@@ -26,7 +26,7 @@ from autobatch.probe.processes.job import job_of
 from autobatch.probe.processes.server import ANSWER_WITHIN_S, Worker, WorkerSource
 from autobatch.probe.trial import Attempt, TrialRequest
 from autobatch.probe.workload.signature import Signature
-from autobatch.result import Outcome, Trial
+from autobatch.result import AFTER_SEARCH, Outcome, Trial
 
 
 class _WorkerExecutor:
@@ -183,7 +183,7 @@ class ForkExecutor(_WorkerExecutor):
 
 
 def _after_search(request: TrialRequest) -> TrialRequest:
-    return replace(request, history="the search itself")
+    return replace(request, history=AFTER_SEARCH)
 
 
 def _lost_trial(request: TrialRequest, lost: WorkerLostError) -> Trial:

@@ -30,7 +30,7 @@ class Forecast:
     is_from_afar: bool = False
     """True where it depends on what a process has beside tensors, and that was seen from a much smaller batch."""
     is_rough: bool = False
-    """True where the allocator is modelled but nearly, so that what is foretold has to be tried."""
+    """True where the allocator is modelled only approximately, so that what is foretold has to be tried."""
 
     @property
     def is_sure(self) -> bool:

@@ -13,7 +13,7 @@ from autobatch.probe.foresight import Recorded
 from autobatch.probe.trial import Attempt
 from autobatch.replay.forecast import MORE_STEPS, Forecast
 from autobatch.replay.trace import ALLOCATES, Trace
-from autobatch.result import Measurement, Outcome, Trial
+from autobatch.result import AFTER_SEARCH, FRESH, Measurement, Outcome, Trial
 from autobatch.units import GIB, KIB, MIB
 
 
@@ -157,6 +157,16 @@ def test_on_the_host_trials_run_behind_small_batches_once_nothing_more_is_record
     found.learn(of_host(3))
     found.forecast(3)
     assert [found.belongs_behind_small(size) for size in (10, 92, 93)] == [True] * 3
+
+
+@pytest.mark.parametrize(
+    ("history", "steps", "refuted"),
+    [(FRESH, 0, True), (FRESH, 2, True), (AFTER_SEARCH, 2, True), (FRESH, 3, False), ("smaller batches", 0, False)],
+)
+def test_what_fails_later_or_behind_others_was_not_foretold_wrongly(history: str, steps: int, refuted: bool) -> None:
+    """A trial, which has three steps, would not have told either."""
+    confirming = Trial(batch_size=9, outcome=Outcome.OOM, history=history, steps=steps)
+    assert Recorded(1, 3, lambda own: own).refutes(confirming) is refuted
 
 
 def test_a_size_that_a_gpu_is_foretold_to_fail_at_is_run_longer() -> None:

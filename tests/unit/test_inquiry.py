@@ -23,10 +23,15 @@ class Place:
 
     def __init__(self) -> None:
         self.requests: list[TrialRequest] = []
+        self.suspect: BaseException | None = None
 
     def run(self, request: TrialRequest) -> Attempt:
         self.requests.append(request)
         return Attempt(trial=Trial(batch_size=request.batch_size, outcome=Outcome.FITS))
+
+    def confirm(self, requests: tuple[TrialRequest, ...]) -> list[Attempt]:
+        trial = Trial(batch_size=requests[0].batch_size, outcome=Outcome.OOM)
+        return [Attempt(trial=trial, suspect=self.suspect)]
 
 
 @pytest.fixture
@@ -82,6 +87,23 @@ def test_what_should_fail_by_itself_runs_as_long_as_it_was_foretold(inquiry: Inq
 def test_where_no_small_batches_can_come_before_none_do(inquiry: Inquiry) -> None:
     inquiry.executor.begins_small = False
     assert asked(inquiry, 61, Forecast(60, 60, 70)).sizes_before == ()
+
+
+def test_a_confirmation_that_fails_for_a_doubtful_reason_is_named(inquiry: Inquiry) -> None:
+    """A size that was foretold may have no other run."""
+    place: Any = inquiry.executor
+    place.suspect = RuntimeError("CUBLAS_STATUS_NOT_INITIALIZED")
+    inquiry._confirm(60, "train")
+    (doubt,) = inquiry._doubtful()
+    assert doubt.startswith("A batch of 60 is taken to run out of memory")
+    assert "CUBLAS_STATUS_NOT_INITIALIZED" in doubt
+
+
+def test_an_evaluation_amid_training_is_confirmed_behind_a_batch_of_training(inquiry: Inquiry) -> None:
+    """Where a trial runs one sample: a refusal there is none of a trial."""
+    inquiry._trained = 40
+    assert inquiry._fresh(60, "eval").history == "a batch of training"
+    assert inquiry._fresh(60, "eval").sizes_before == (40,)
 
 
 @pytest.mark.parametrize("foretold", [None, Forecast(40, 60, 70), Forecast(45, 45, 45)])

@@ -127,3 +127,18 @@ def test_other_processes_are_named():
     assert other_lines(info) == ["  another process has unknown: unknown (pid 7)"]
     untold = replace(info, others=(), details={"others_unknown": True})
     assert other_lines(untold) == ["  other processes: unknown"]
+
+
+@pytest.mark.parametrize(
+    ("runs", "said"),
+    [
+        ([trial(9, Outcome.OOM, history="a fresh start")], "8 (9 does not fit)"),
+        ([trial(9, history="a fresh start"), trial(9, Outcome.OOM, history="x")], "8 (9 did not keep fitting)"),
+    ],
+)
+def test_what_never_fitted_did_not_stop_to(runs, said):
+    """A size that was foretold to fit has no run but its confirmation."""
+    found = BatchSizeResult(
+        batch_size=8, proof="next_size_failed", smallest_failure=9, trials=(trial(8),), confirmation=tuple(runs)
+    )
+    assert said in str(found)

@@ -33,6 +33,9 @@ class Foretells:
         said = self._say(size) if smaller else None
         return said if said is None or isinstance(said, Forecast) else Forecast(said, said)
 
+    def refutes(self, confirming: Trial) -> bool:
+        return confirming.history == FRESH
+
 
 class Confirms:
     """Runs a size by itself in a fresh process, then behind small batches, where only what ``keeps`` fits."""
@@ -107,6 +110,49 @@ def test_what_fits_beyond_a_forecast_and_is_refused_is_stepped_down_to_the_forec
     answer = foretold(oracle, lambda size: 300 if size < 300 else 303, told)
     assert answer.batch_size == 300
     assert (list(oracle.trials), told.refused, told.kept) == ([1, 3, 301, 304], [303], [300])
+
+
+def test_where_the_time_is_up_when_a_trusted_size_is_refused_it_is_stepped_down_from() -> None:
+    """Below it only the small sizes have been tried."""
+    oracle = affine(97)
+    confirm = Confirms(oracle.fits)
+
+    def clock() -> float:
+        return 10.0 if confirm.refused else 0.0
+
+    answer = foretold(oracle, lambda size: 100, confirm, time_limit_s=5, clock=clock)
+    assert list(oracle.trials) == [1, 3, 101]
+    assert answer.batch_size == 96
+
+
+def test_where_another_limit_is_just_above_what_is_foretold_it_is_tried() -> None:
+    """Such as the end of a command's data, which memory knows nothing of."""
+    oracle = Oracle(lambda n: n <= 60, lambda n: (10**9 * n, 10**9 * n), failure=Outcome.LIMIT)
+    confirm = Confirms(oracle.fits)
+    answer = foretold(oracle, lambda size: 100 if size < 50 else 60, confirm)
+    assert (answer.batch_size, answer.smallest_failure) == (60, 61)
+    assert list(oracle.trials)[:4] == [1, 3, 101, 100]
+    assert confirm.refused == []
+
+
+def test_a_guess_that_was_asked_is_not_asked_again_below_a_refusal() -> None:
+    oracle = affine(990)
+    answer = foretold(oracle, lambda size: 1000 if size < 985 else 990, first_guess=980)
+    assert answer.batch_size == 990
+    assert 981 not in oracle.trials
+
+
+def test_of_several_forecasts_one_is_stepped_down_to() -> None:
+    oracle, told = affine(1003), {1: 997, 3: 997, 998: 998, 999: 999, 1000: 1003}
+    confirm = Confirms(lambda size: True, keeps=lambda size: size <= 960)
+    answer = foretold(oracle, lambda size: told.get(size, 1003), confirm)
+    assert answer.batch_size <= 960
+    assert len(confirm.refused) <= 5
+
+
+def test_where_a_trusted_size_and_all_below_are_refused_nothing_fits() -> None:
+    with pytest.raises(DoesNotFitError, match="Not even a batch of 1 fits"):
+        foretold(affine(100), lambda size: 100, Confirms(lambda size: False))
 
 
 @pytest.mark.parametrize("limit", [1, 2])

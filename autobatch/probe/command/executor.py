@@ -106,7 +106,8 @@ class CommandExecutor:
         """``result`` with what only the runs have told."""
         environment = {**result.environment, "ranks": self._ranks}
         # Only here: a process that trains live objects knows its data set before it is asked.
-        next_one = [trial for trial in result.trials if trial.batch_size == result.smallest_failure]
+        ran = (*result.trials, *result.confirmation)
+        next_one = [trial for trial in ran if trial.batch_size == result.smallest_failure]
         ended = result.proof == "next_size_failed" and any(is_end_of_data(trial) for trial in next_one)
         found = replace(result, proof="dataset", smallest_failure=None) if ended else result
         return replace(found, environment=environment, notes=(*result.notes, *self._notes()))

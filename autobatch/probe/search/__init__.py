@@ -67,7 +67,8 @@ def search(
 
     Args:
         ask: tries one size. Every size is asked at most once; what it raises goes to the caller unchanged.
-        confirm: tries a candidate again, the way training would meet it. One that fails is stepped down.
+        confirm: tries a candidate the way training would meet it, mostly again: one that was foretold for the first
+            time. One that fails is stepped down.
         start: the size to ask first, rounded to a permitted one and to the cap.
         max_batch_size: a cap; nothing above it is asked.
         multiple_of: which sizes are permitted, see :class:`~autobatch.probe.search.rounding.Rounding`.
@@ -79,7 +80,7 @@ def search(
         ceiling: with ``avoid_oom``, a size above which nothing is asked, because more is expected to fail.
         time_limit_s: after this many seconds no more is asked once a size is known to fit.
         clock: seconds, for ``time_limit_s``.
-        foresight: what the trials tell of sizes that were never run. Where they do, it is asked before ``first_guess``.
+        foresight: what the trials tell of sizes that were never run. Where they do, that comes before ``first_guess``.
 
     Raises:
         DoesNotFitError: not even the smallest permitted size fits.
@@ -111,7 +112,7 @@ def search(
 
     def search_on() -> None:
         nonlocal proof
-        _go_on(bracket, first_guess, trusts=False)
+        _go_on(bracket, None, trusts=False)
         proof = _proof(bracket, avoid_oom=avoid_oom)
 
     if settle(bracket, confirm, search_on):

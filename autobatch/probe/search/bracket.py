@@ -29,6 +29,9 @@ class Foresight(Protocol):
     def forecast(self, size: int) -> Forecast | None:
         """Where memory ends, seen from ``size``; None while too little was recorded to tell."""
 
+    def refutes(self, confirming: Trial) -> bool:
+        """Whether a run that should have confirmed a size that was never tried failed where a trial would have."""
+
 
 @dataclass(slots=True, kw_only=True)
 class Bracket:
@@ -60,8 +63,8 @@ class Bracket:
     failure: Trial | None = None
     """Why ``high`` does not fit."""
     notes: list[str] = field(default_factory=list)
-    foretold: list[int] = field(default_factory=list)
-    """The ranks where memory was foretold to end."""
+    foretold_ends: list[int] = field(default_factory=list)
+    """The ranks where memory was surely foretold to end."""
     _forecasts: dict[tuple[int, int | None], Forecast | None] = field(default_factory=dict)
     """By the ranks between which they were made."""
     _allowance: int | None = None
@@ -158,10 +161,13 @@ class Bracket:
             self.low = rank
             self._judge_bound(size, bound)
         else:
-            self.high, self.failure = rank, trial
-            if trial.outcome is Outcome.LIMIT:
-                reason = trial.message or "unknown"
-                self.notes.append(f"A batch of {trial.batch_size} met a limit other than memory: {reason}.")
+            self._fail(rank, trial)
+
+    def _fail(self, rank: int, trial: Trial) -> None:
+        self.high, self.failure = rank, trial
+        if trial.outcome is Outcome.LIMIT:
+            reason = trial.message or "unknown"
+            self.notes.append(f"A batch of {trial.batch_size} met a limit other than memory: {reason}.")
 
     def _check_growing(self) -> None:
         """Raises InvalidArgumentError where nothing ends the search, since memory does not grow with the size."""
@@ -179,22 +185,28 @@ class Bracket:
 
     @property
     def ran_above(self) -> bool:
-        """True if the smallest failure ran, so that it tells something."""
+        """True if the smallest failure ran, so that it may tell something."""
         return self.failure is not None and self.failure.outcome in (Outcome.THRASHED, Outcome.OVER_HEADROOM)
 
-    @property
-    def is_trusted(self) -> bool:
-        """True where ``low`` was never asked."""
-        return self.low not in self.trials
+    def trust(self, rank: int) -> None:
+        """Takes ``rank``, just below ``high``, for the candidate although it was not asked."""
+        self.low = rank
+
+    def is_refuted_by(self, refused: Trial) -> bool:
+        """True if ``refused``, a run that should have confirmed ``low``, is the first of it and stands for a trial."""
+        is_untried = self.low not in self.trials
+        return is_untried and self.foresight is not None and self.foresight.refutes(refused)
 
     def distrust(self, refused: Trial) -> None:
-        """Puts ``low``, which was never asked, above the bracket, as if it had been; what fitted is below."""
-        self.high, self.failure = self.low, refused
+        """Puts ``low``, which was never asked, above the bracket, as if it had been; the largest that fitted is ``low``
+        again.
+        """
+        self._fail(self.low, refused)
         self.low = max((rank for rank, trial in self.trials.items() if trial.fits and rank < self.low), default=0)
 
     def step_down(self, part: float, *, refused: Trial) -> None:
         """Puts ``low``, which ``refused`` found not to keep fitting, above the bracket, and ``part`` of it below, or
-        less where less was foretold.
+        to a forecast, if one lies between.
 
         A size known to fit is enough if it is most of that way down; above, it counts no more, for it is likely to be
         refused too.
@@ -205,8 +217,9 @@ class Bracket:
             below, min(self.high - 2, self.rank(self.rounding.size(self.high) * (1 - _MOST_OF_THE_WAY * part)))
         )
         known = (rank for rank, trial in self.trials.items() if trial.fits and below <= rank <= enough)
-        foretold = (rank for rank in self.foretold if below <= rank < self.high)
-        self.low = max(foretold, default=max(known, default=below))
+        foretold = (rank for rank in self.foretold_ends if below <= rank < self.high)
+        self.low = max((*known, *foretold), default=below)
+        self.foretold_ends.clear()  # one of them may have been right; to try each in turn would be dear
 
     def next_growth(self) -> int:
         """The rank that plain growth asks after ``low``."""

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from autobatch.probe.search.bracket import Bracket
 from autobatch.replay.forecast import Forecast
+from autobatch.result import Outcome
 
 _SMALL = 2  # so many more small sizes are learnt from at most
 _LONGEST_LEAP = 9  # growth to this power
 _NEARER = 1 / 4  # the part of a forecast from afar to look from first
 _GUESSED = 0.98  # a guess that is this part of a forecast, or more, agrees with it
 _OFTEN = 2  # so many times a forecast may be wrong in one direction, and once more: then others than it tell more
-_FAR = 1.1  # so many times a size, what is foretold from there is from too far off
+_FAR = 1.1  # a forecast more than so many times the size that it was made from is from too far off
 
 
 def follow(bracket: Bracket, guess: int | None = None, *, trusts: bool = True) -> None:
     """Invariant: ``low`` fits. Asks where memory is foretold to end, then just above, for as long as there are
-    forecasts.
+    forecasts. If ``trusts``, just above at once where the forecast is as good as a trial.
 
     One is made from two sizes, so a search begins with two or three small ones: the kernels that a batch of one sample
     takes are often others than those of more, which the forecast tells by itself. A ``guess`` that lies within an
-    unsure forecast, or a little below a sure one, is asked in its place. If ``trusts``, what is foretold well enough is
-    not asked itself (:func:`_ends_above`).
+    unsure forecast, or a little below a sure one, is asked in its place.
     """
     unsure = above = refuted = 0
     is_first = True
@@ -35,48 +35,50 @@ def follow(bracket: Bracket, guess: int | None = None, *, trusts: bool = True) -
         elif forecast.is_from_afar and high is None:
             rank = bracket.rank(_NEARER * forecast.least)
         else:
-            rank, guess = _foretold(bracket, forecast), None
+            rank, guess, is_trusted = bracket.rank(_in_reach(bracket, forecast)), None, False
             if rank <= bracket.low:  # more fits than was foretold, or as much: then the next size fails
                 rank, above = bracket.low + 1, above + 1
             elif high is not None and rank >= high:
                 rank, refuted = _below(bracket, refuted), refuted + 1
-            elif trusts and _is_trusted(bracket, forecast, is_first=is_first):
-                if _ends_above(bracket, rank):
-                    return
-                is_first = False
-                continue
+            elif forecast.is_sure and not forecast.is_rough:
+                bracket.foretold_ends.append(rank)
+                is_trusted = trusts and _is_as_good_as_a_trial(bracket, forecast, is_first=is_first)
             is_first = False
+            if is_trusted:
+                if _fails_above(bracket, rank):
+                    bracket.trust(rank)
+                    return
+                continue
         bracket.leap(rank)
 
 
-def _foretold(bracket: Bracket, forecast: Forecast) -> int:
-    """The rank where memory is foretold to end, or as far on the way as one leap goes."""
-    farthest = bracket.size * bracket.growth**_LONGEST_LEAP
-    if not forecast.is_sure:
-        return bracket.rank(min(forecast.least, farthest))
-    bracket.foretold.append(bracket.rank(forecast.most))
-    return bracket.rank(min(forecast.most, farthest))
+def _in_reach(bracket: Bracket, forecast: Forecast) -> float:
+    """Where memory is foretold to end, or as far on the way there as one leap goes."""
+    return min(forecast.most if forecast.is_sure else forecast.least, bracket.size * bracket.growth**_LONGEST_LEAP)
 
 
-def _is_trusted(bracket: Bracket, forecast: Forecast, *, is_first: bool) -> bool:
-    """True where a forecast is as good as a trial: the first one, for nothing says otherwise, or one from near."""
-    is_in_reach = forecast.most <= bracket.size * bracket.growth**_LONGEST_LEAP
-    is_near = bracket.ran_above or forecast.most <= _FAR * bracket.size
-    return forecast.is_sure and not forecast.is_rough and is_in_reach and (is_first or is_near)
+def _is_as_good_as_a_trial(bracket: Bracket, forecast: Forecast, *, is_first: bool) -> bool:
+    """True for a forecast from near, and for the first one, which nothing has belied yet."""
+    if forecast.most > _in_reach(bracket, forecast) or _met_another_limit(bracket):
+        return False
+    return is_first or bracket.ran_above or forecast.most <= _FAR * bracket.size
 
 
-def _ends_above(bracket: Bracket, rank: int) -> bool:
-    """Asks just above ``rank`` and, if memory ran out there, takes ``rank`` for the candidate; True if so.
+def _fails_above(bracket: Bracket, rank: int) -> bool:
+    """Whether memory runs out just above ``rank``, which is asked unless it is known.
 
-    The confirmation is its first run: where the forecast was right, and mostly it is, a trial of it would tell nothing.
-    A failure that ran to its end tells more than the forecast did, which is made again with it.
+    If it does, a trial of ``rank`` would tell nothing where the forecast was right, and mostly it is: the confirmation
+    is its first run. A failure that ran to its end tells more than the forecast did, which is made again with it.
     """
-    if bracket.high != rank + 1:
-        bracket.leap(rank + 1)
-        if bracket.high != rank + 1 or bracket.ran_above:
-            return False
-    bracket.low = rank
-    return True
+    if bracket.high == rank + 1:
+        return True
+    bracket.leap(rank + 1)
+    return bracket.high == rank + 1 and not bracket.ran_above and not _met_another_limit(bracket)
+
+
+def _met_another_limit(bracket: Bracket) -> bool:
+    """True if what failed above was not memory: a data set may end there, of which no forecast knows."""
+    return bracket.failure is not None and bracket.failure.outcome is Outcome.LIMIT
 
 
 def _next_to_learn(bracket: Bracket, forecast: Forecast | None, unsure: int) -> int:

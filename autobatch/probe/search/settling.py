@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from autobatch.errors import DoesNotFitError
 from autobatch.probe.search.bracket import Ask, Bracket
-from autobatch.result import FRESH, Trial
+from autobatch.result import Trial
 
 STEP_DOWN = 1 / 33  # a candidate that is not confirmed is stepped down by this part of it
 _PATIENCE = 2  # so many such steps, and then each is twice the one before: what is refused still is far too large
@@ -18,15 +18,15 @@ def settle(bracket: Bracket, confirm: Ask, search_on: Callable[[], None]) -> boo
     """Steps down until a size is confirmed; True if it had to.
 
     A size stepped down to is confirmed without a trial before: the confirmation runs it longer, and in the same process
-    first. One that was taken on trust and does not fit even by itself was foretold wrongly, and ``search_on`` is called
-    to search below it.
+    first. The first candidate may never have been tried, for it was foretold to fit. If it fails where a trial would
+    have, that counts as one: ``search_on`` is called to search below it, and there everything is tried.
     """
     refusals = 0
     while bracket.low:
         trial = confirm(bracket.size)
         if trial.fits:
             return refusals > 0
-        if not refusals and bracket.is_trusted and trial.history == FRESH:
+        if not refusals and bracket.is_refuted_by(trial) and not bracket.out_of_time():
             bracket.distrust(trial)
             search_on()
             continue
