@@ -13,7 +13,7 @@ from autobatch.cli.accumulation import check_effective_batch, limits
 from autobatch.cli.chosen import Chosen
 from autobatch.cli.command import AfterDashes, command_of
 from autobatch.cli.errors import traceback_option
-from autobatch.cli.ranks import in_job
+from autobatch.cli.ranks import check_per_rank, in_job
 from autobatch.cli.signals import ended_by_signals
 from autobatch.cli.sweep import Sweep, parse_sweep, plot_sweep, run_sweep, sweep_json, sweep_targets
 from autobatch.cli.targets import ModelOptions, Target, parse_target
@@ -175,6 +175,11 @@ def _picture(ctx: click.Context, param: click.Parameter, value: str | None) -> P
     metavar="N",
     help="So many of a virtual GPU, for a command with several ranks.",
 )
+@click.option(
+    "--per-rank",
+    is_flag=True,
+    help="Under torchrun: a size of its own for each rank, on devices that are unequal.",
+)
 @click.option("--any-capability", is_flag=True, help="Also a virtual GPU for which this torch has no kernels.")
 @click.option("--json", "json_path", callback=_writable, metavar="FILE", help="Write the result to this file.")
 @click.option(
@@ -228,7 +233,7 @@ def probe(
       autobatch probe hf:gpt2 --gpu a100-40gb --effective-batch-size 512
       autobatch probe --effective-batch-size 512 -- python train.py --batch {batch_size} --steps {accumulation_steps}
 
-    Under torchrun the ranks agree on one size for TARGET, and rank 0 prints it:
+    Under torchrun the ranks agree on one size for TARGET, or have one each with --per-rank, and rank 0 prints it:
     `torchrun --nproc-per-node=2 -m autobatch probe TARGET`.
 
     \b
@@ -241,6 +246,8 @@ def probe(
     model_options = ModelOptions(**{name: options.pop(name) for name in _MODEL_OPTIONS})
     effective = model_options.effective_batch_size
     check_effective_batch(effective, mode=model_options.mode, sweep=sweep)
+    if options["per_rank"]:
+        check_per_rank(of_command=target is None, effective_batch_size=effective, is_sweep=sweep is not None)
     about_commands = {"verbose": verbose} | ({} if step_within_s is None else {"step_within_s": step_within_s})
     command = command_of(ctx, target, model_options, count=count, about_commands=about_commands)
     options |= limits(effective, options, mode=model_options.mode)

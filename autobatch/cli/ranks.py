@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from autobatch.cli.errors import BAD_USAGE, Failure, exit_code_of
-from autobatch.errors import AutobatchError, RankError
+from autobatch.errors import AutobatchError, InvalidArgumentError, RankError
 
 if TYPE_CHECKING:
     from autobatch.device.base import Device
@@ -61,6 +61,21 @@ def present_job() -> Job:
         return Job()
     rank, size, local_rank = (int(os.environ[name]) for name in _VARIABLES[:3])
     return Job(rank, size, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE") or 1)) if size > 1 else Job()
+
+
+def check_per_rank(*, of_command: bool, effective_batch_size: int | None, is_sweep: bool) -> None:
+    """Raises InvalidArgumentError where ranks cannot have sizes of their own."""
+    if of_command:
+        raise InvalidArgumentError("per_rank", True, "left out with a COMMAND, whose ranks are given one number")
+    if effective_batch_size is not None:
+        allowed = (
+            "left out with --effective-batch-size, whose plan is for ranks that are alike (autobatch.Trainer plans)"
+        )
+        raise InvalidArgumentError("per_rank", True, allowed)
+    if is_sweep:
+        raise InvalidArgumentError("per_rank", True, "left out with --sweep, whose table has one size at each value")
+    if present_job().size == 1:
+        raise InvalidArgumentError("per_rank", True, "used among several ranks: torchrun ... -m autobatch probe TARGET")
 
 
 @contextlib.contextmanager

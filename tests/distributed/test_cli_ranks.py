@@ -38,6 +38,12 @@ def wrapped(device):
     model = nn.parallel.DistributedDataParallel(model)
     return Workload(model, torch.optim.AdamW(model.parameters()), mse_loss, pairs)
 
+def uneven(device):
+    width = 4096 if os.environ["RANK"] == "0" else 16384
+    with torch.device(device):
+        model = nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 1))
+    return Workload(model, torch.optim.AdamW(model.parameters()), mse_loss, pairs)
+
 def broken(device):
     if os.environ["RANK"] == "1":
         raise KeyError("column 7")
@@ -124,6 +130,17 @@ def test_each_rank_has_a_virtual_gpu_of_its_own(target: str, started: list[Ranks
     (first, out, _), (second, silent, _) = started[0].end()
     assert (first, second, silent) == (0, 0, "")
     assert "Largest batch on Virtual GPU 1GiB" in out
+
+
+def test_each_rank_may_have_a_size_of_its_own(target: str, started: list[Ranks], tmp_path: Path) -> None:
+    """Where devices or models are unequal, the smallest would hold the others back."""
+    card, path = "memory=2GiB,capability=8.0", tmp_path / "result.json"
+    started.append(Ranks(f"{target}:uneven", "--gpu", card, "--per-rank", "--json", str(path)))
+    (first, out, _), (second, silent, _) = started[0].end()
+    assert (first, second, silent) == (0, 0, "")
+    large, small = BatchSizeResult.from_json(path.read_text()).environment["rank_sizes"]
+    assert large > 3 * small
+    assert f"Note: Each rank has a size of its own: {large}, {small}." in out.splitlines()
 
 
 @pytest.mark.slow

@@ -139,6 +139,22 @@ class TestOptions:
         assert said in shown.stderr
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("hf:gpt2 --per-rank", "used among several ranks: torchrun ... -m autobatch probe TARGET"),
+        ("hf:gpt2 --per-rank --effective-batch-size 8", "left out with --effective-batch-size, whose plan"),
+        ("hf:gpt2 --per-rank --sweep seq_len=8,9", "left out with --sweep, whose table"),
+        ("--per-rank -- python train.py {batch_size}", "left out with a COMMAND, whose ranks are given one number"),
+    ],
+)
+def test_a_size_for_each_rank_is_for_a_target_among_several(asked, line, said):
+    shown = run(*line.split())
+    assert (shown.exit_code, asked) == (2, [])
+    assert f"must be {said}" in shown.stderr
+    assert len(shown.stderr.splitlines()) == 1
+
+
 def test_batch_norm_that_fails_at_one_sample_hears_of_start(monkeypatch):
     def find(workload: Any, **options: Any) -> BatchSizeResult:
         torch.nn.BatchNorm1d(4)(torch.ones(1, 4))
