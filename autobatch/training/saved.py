@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from autobatch.errors import AutobatchWarning, CheckpointError, RankError
+from autobatch.errors import AutobatchWarning, CheckpointError
 from autobatch.ranks import Ranks
 from autobatch.training import checkpoint as checkpoints
 from autobatch.training.accumulator import Accumulator
@@ -22,6 +22,7 @@ from autobatch.training.events import Evaluation
 from autobatch.training.loop import Position
 from autobatch.training.module_state import set_unsaved_state, unsaved_state
 from autobatch.training.noise import NoiseScale
+from autobatch.training.shards import in_parts, optimizer_in_parts, whole, whole_state
 from autobatch.training.sizing import Sizes
 
 
@@ -32,9 +33,6 @@ class Saved:
         optimizers: in their order.
         parts: what else has ``state_dict`` and ``load_state_dict``, by name; None where a run has no such part.
         noise: likewise, but a run may go on with or without it.
-
-    Raises:
-        RankError: for a sharded model, of which no rank has the whole.
     """
 
     def __init__(
@@ -50,30 +48,35 @@ class Saved:
         self._parts = {name: part for name, part in parts.items() if part is not None}
 
     def check(self) -> None:
-        """Raises RankError where no checkpoint can be written, and warns where ranks have different libraries."""
-        if self._accumulator.is_sharded:
-            raise RankError("checkpoint= does not know sharded models: torch.distributed.checkpoint writes them")
+        """Warns where ranks have different libraries."""
         each = self._ranks.gather(checkpoints.versions())
         if any(versions != each[0] for versions in each):
             told = "; ".join(f"rank {rank} has {versions}" for rank, versions in enumerate(each))
             warnings.warn(f"the ranks run different versions: {told}", AutobatchWarning, stacklevel=4)
 
     def write(self, folder: Path, position: Position, sizes: Sizes, order: Mapping[str, Any], *, keep: int) -> Path:
-        """Writes a checkpoint, on rank 0 alone; gives its folder. ``order`` is what decides how samples come."""
+        """Writes a checkpoint, on rank 0 alone; gives its folder. ``order`` is what decides how samples come.
+
+        Of a sharded model rank 0 has the whole on its host meanwhile, the optimizer's state included.
+        """
+        is_writer, weights, rest = self._ranks.rank == 0, self._module.state_dict(), self._rest(position, sizes)
+        if self._accumulator.is_sharded:
+            weights, rest = whole_state(self._module, is_kept=is_writer), whole(rest, is_kept=is_writer)
         own = {
             "random": _random_numbers(self._accumulator.passes.devices),
             "accumulator": self._accumulator.state_dict(),
             "unsaved": unsaved_state(self._modules),
+            # Nothing makes these equal where the model is sharded.
+            "buffers": dict(self._module.named_buffers()) if self._accumulator.is_sharded else {},
         }
         of_ranks = self._ranks.gather(own)
         path = Path()
 
         def written() -> None:
             nonlocal path
-            if self._ranks.rank == 0:
-                weights = self._accumulator.module.state_dict()
-                rest = self._rest(position, sizes) | {"ranks": of_ranks, "order": dict(order)}
-                path = checkpoints.write(folder, self._accumulator.windows, weights, rest, keep=keep)
+            if is_writer:
+                all_else = rest | {"ranks": of_ranks, "order": dict(order)}
+                path = checkpoints.write(folder, self._accumulator.windows, weights, all_else, keep=keep)
 
         self._ranks_agree(written)
         return self._ranks.broadcast(path)
@@ -105,17 +108,21 @@ class Saved:
 
     def _restored(self, checkpoint: Checkpoint, sizes: Sizes) -> Position:
         rest = checkpoint.rest
-        self._accumulator.module.load_state_dict(dict(checkpoint.weights))
+        self._module.load_state_dict(in_parts(dict(checkpoint.weights), self._module.state_dict()))
         for optimizer, state in zip(self._optimizers, rest["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
+            optimizer.load_state_dict(optimizer_in_parts(state, optimizer))
         for name, part in self._parts.items():
-            part.load_state_dict(rest["parts"][name])
+            part.load_state_dict(in_parts(rest["parts"][name], part.state_dict()))
         if self._noise is not None and rest["noise"] is not None:
             self._noise.load_state_dict(rest["noise"])
         # A rank that there was not takes what rank 0 had, but for its random numbers.
         is_known = self._ranks.rank < len(rest["ranks"])
         own = rest["ranks"][self._ranks.rank if is_known else 0]
         set_unsaved_state(self._modules, own["unsaved"])
+        with torch.no_grad():
+            for name, buffer in self._module.named_buffers():
+                if name in own["buffers"]:
+                    buffer.copy_(own["buffers"][name])
         state = own["accumulator"]
         if tuple(rest["sizes"]["micro_batch_sizes"]) != sizes.micro_batch_sizes:
             state = {**state, "micro_batch_size": self._accumulator.micro_batch_size}
@@ -129,8 +136,12 @@ class Saved:
         return Position(**position)
 
     @property
+    def _module(self) -> nn.Module:
+        return self._accumulator.module
+
+    @property
     def _modules(self) -> list[nn.Module]:
-        return [self._accumulator.module, *self._accumulator.passes.modules[1:]]
+        return [self._module, *self._accumulator.passes.modules[1:]]
 
     @property
     def _device(self) -> torch.device:
@@ -164,7 +175,7 @@ class Saved:
             )
 
     def _check(self, checkpoint: Checkpoint) -> None:
-        checkpoints.check_same(checkpoint, self._accumulator.module.state_dict())
+        checkpoints.check_same(checkpoint, self._module.state_dict())
         theirs = [_shape(state["param_groups"]) for state in checkpoint.rest["optimizers"]]
         ours = [_shape(optimizer.param_groups) for optimizer in self._optimizers]
         if theirs != ours:

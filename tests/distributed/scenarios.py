@@ -32,7 +32,7 @@ def share(batch: tuple[Tensor, Tensor], rank: int, ends: list[int]) -> tuple[Ten
 def wrapped(model: nn.Module, kind: str) -> nn.Module:
     if kind == "ddp":
         return DistributedDataParallel(model)
-    if kind == "fsdp":
+    if kind.startswith("fsdp"):
         fully_shard(model, mesh=distributed.init_device_mesh("cpu", (distributed.get_world_size(),)))
     return model
 
@@ -191,10 +191,27 @@ class Interrupted(Exception):
     """Raised by a callback, on every rank."""
 
 
-def fitted(rank: int, folder: str | None, micro: list[int], dropout: float, stop_at: int | None) -> dict[str, Any]:
+class Seen(nn.Module):
+    """Adds the mean of all that it has seen, which no rank tells another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("total", torch.zeros(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.total += x.detach().mean(0)
+        return x + self.total
+
+
+def fitted(
+    rank: int, folder: str | None, micro: list[int], dropout: float, stop_at: int | None, kind: str = ""
+) -> dict[str, Any]:
     """Two epochs of 23 samples at an effective batch of 7, stopped after the window ``stop_at``."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(dropout), nn.Linear(8, 2)).double()
+    seen = [Seen()] if kind == "fsdp with buffers" else []
+    layers = [nn.Linear(6, 8), nn.Dropout(dropout), nn.Linear(8, 2), *seen]
+    model = wrapped(nn.Sequential(*layers).double(), kind)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
     samples: list[int] = []
 
@@ -223,7 +240,7 @@ def fitted(rank: int, folder: str | None, micro: list[int], dropout: float, stop
     return {
         "hash": hash_of(model, optimizer),
         "samples": samples,
-        "weights": model[0].weight.flatten().tolist(),
+        "weights": whole(model[0].weight).flatten().tolist(),
         "losses": list(report.losses),
         "eval": [(found.loss, found.samples) for found in report.evaluations],
         "plan": None if report.plan is None else str(report.plan),

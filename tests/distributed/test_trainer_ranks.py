@@ -43,6 +43,32 @@ def test_a_run_of_ranks_goes_on_bit_for_bit(two: Job, tmp_path: Path, micro: lis
     assert [rank["losses"] for rank in again] == [rank["losses"] for rank in whole]
 
 
+@pytest.mark.parametrize(("kind", "stop_at"), [("fsdp", 3), ("fsdp", 4), ("fsdp with buffers", 6)])
+def test_a_sharded_run_goes_on_bit_for_bit(two: Job, tmp_path: Path, kind: str, stop_at: int) -> None:
+    """Its checkpoint is whole, and each rank takes its part; buffers are each rank's own."""
+    options = {"micro": [2, 2], "dropout": 0.3, "kind": kind}
+    whole = two.results(scenarios.fitted, folder=None, stop_at=None, **options)
+    folder = str(tmp_path / "run")
+    two.results(scenarios.fitted, folder=folder, stop_at=stop_at, **options)
+    again = two.results(scenarios.fitted, folder=folder, stop_at=None, **options)
+    assert [rank["hash"] for rank in again] == [rank["hash"] for rank in whole]
+    assert [rank["losses"] for rank in again] == [rank["losses"] for rank in whole]
+
+
+@pytest.mark.parametrize(("begins", "goes_on"), [("fsdp", ""), ("", "fsdp")])
+def test_a_sharded_run_may_go_on_whole_and_the_other_way_round(
+    one: Job, two: Job, tmp_path: Path, begins: str, goes_on: str
+) -> None:
+    """With one process or with two: a checkpoint is of no number of ranks."""
+    alone = one.results(scenarios.fitted, folder=None, micro=[7], dropout=0.0, stop_at=None)[0]
+    jobs = {"": (one, [4]), "fsdp": (two, [2, 2])}
+    folder = str(tmp_path / "run")
+    for kind, stop_at in ((begins, 3), (goes_on, None)):
+        job, micro = jobs[kind]
+        each = job.results(scenarios.fitted, folder=folder, micro=micro, dropout=0.0, stop_at=stop_at, kind=kind)
+    assert each[0]["weights"] == pytest.approx(alone["weights"], abs=1e-9)
+
+
 def test_one_rank_is_asked_to_end_and_all_do_after_the_same_window(two: Job, tmp_path: Path) -> None:
     assert two.results(scenarios.terminated, folder=str(tmp_path)) == [3143, 3143]
     assert newest(tmp_path)[0].name == "window-00000003"
