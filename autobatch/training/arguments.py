@@ -64,15 +64,12 @@ def check_extra_state(extra_state: Any) -> None:
             raise InvalidArgumentError("extra_state", name, "another name: the run has a part of this one")
 
 
-def check_probed(model: Any, optimizer: Any, micro_batch_size: Any) -> bool:
+def check_probed(model: Any, micro_batch_size: Any) -> bool:
     """Whether the model is whole on each rank; raises InvalidArgumentError for a micro-batch that cannot be probed."""
     is_whole = isinstance(model, nn.Module) and not any(hasattr(p, "device_mesh") for p in model.parameters())
-    for where, is_so in {
-        "there are several optimizers": isinstance(optimizer, (list, tuple)),
-        "the model is sharded: find() of a function that builds it tells it": not is_whole,
-    }.items():
-        if micro_batch_size == "auto" and is_so:
-            raise InvalidArgumentError("micro_batch_size", "auto", f"a number where {where}")
+    if micro_batch_size == "auto" and not is_whole:
+        allowed = "a number where the model is sharded: find() of a function that builds it tells it"
+        raise InvalidArgumentError("micro_batch_size", "auto", allowed)
     return is_whole
 
 

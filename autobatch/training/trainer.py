@@ -128,7 +128,7 @@ class Trainer:
         check_folder(checkpoint, checkpoint_every)
         check_find_options(find_options)
         check_extra_state(extra_state)
-        is_whole = check_probed(model, optimizer, micro_batch_size)
+        is_whole = check_probed(model, micro_batch_size)
         if precision == "fp16" and scaler is None and isinstance(model, nn.Module):
             scaler = torch.amp.GradScaler(device_of(model).type)
         # Of a sharded model hooks see no gradient.

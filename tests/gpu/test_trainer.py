@@ -25,9 +25,21 @@ FEATURES = 256
 ROWS = 1 << 10
 
 
-def test_the_probe_comes_first_and_its_answer_lasts_to_the_end(little_memory, tmp_path: Path) -> None:
+def one(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters())
+
+
+def two(model: nn.Module) -> list[torch.optim.Optimizer]:
+    """Muon for matrices and AdamW for all else, as many train transformers."""
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
+    others = [parameter for parameter in model.parameters() if parameter.ndim != 2]
+    return [torch.optim.Muon(matrices, lr=0.02), torch.optim.AdamW(others)]
+
+
+@pytest.mark.parametrize("optimizers", [one, two])
+def test_the_probe_comes_first_and_its_answer_lasts_to_the_end(little_memory, tmp_path: Path, optimizers: Any) -> None:
     model = nn.Sequential(*[nn.Sequential(nn.Linear(FEATURES, FEATURES), nn.GELU()) for _ in range(4)]).cuda()
-    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer = optimizers(model)
     # Each is 16 of the model's rows: a batch has much on the GPU, and is soon put together.
     rows = torch.utils.data.TensorDataset(torch.zeros(ROWS, 16, FEATURES), torch.zeros(ROWS, 16, FEATURES))
     events: list[Event] = []

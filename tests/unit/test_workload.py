@@ -141,6 +141,32 @@ def test_optimizer_state_that_steps_add_is_forgotten_and_what_was_there_is_kept(
     assert list(map(id, optimizer.state)) == [id(first)]
 
 
+@pytest.mark.parametrize("precision", [None, "fp16"])
+def test_several_optimizers_step_one_after_the_other(precision: str | None) -> None:
+    model = nn.Sequential(nn.Linear(3, 1), nn.Linear(1, 1))
+    stepped: list[Any] = []
+    optimizers = [torch.optim.SGD(model[0].parameters(), lr=0.1), torch.optim.Adam(model[1].parameters(), lr=0.1)]
+    for optimizer in optimizers:
+        optimizer.register_step_post_hook(lambda optimizer, *_: stepped.append(type(optimizer)))
+    before = [parameter.clone() for parameter in model.parameters()]
+    workload = Workload(
+        model,
+        optimizers,
+        sample=lambda n: torch.ones(n, 3),
+        loss_fn=lambda o, b: o.float().sum(),
+        precision=precision,
+        max_grad_norm=1.0,
+    )
+    workload.scale_by_one()
+    workload.begin()
+    workload.train_step(2)
+    assert stepped == [torch.optim.SGD, torch.optim.Adam]
+    assert not any(torch.equal(one, other) for one, other in zip(before, model.parameters(), strict=True))
+    assert [item for item in workload.stateful if isinstance(item, torch.optim.Optimizer)] == optimizers
+    workload.forget()
+    assert not optimizers[1].state
+
+
 def test_the_optimizers_that_a_step_function_names_begin_anew_too() -> None:
     model = nn.Linear(3, 1)
     optimizer = torch.optim.Adam(model.parameters())
@@ -178,6 +204,7 @@ def test_the_last_output_lives_until_the_next_forward_and_no_longer_than_forget(
     [
         ({"model": "resnet"}, "model"),
         ({"optimizer": 3}, "optimizer"),
+        ({"optimizer": [torch.optim.SGD([nn.Parameter(torch.ones(1))]), 3]}, "optimizer"),
         ({"loss_fn": 3}, "loss_fn"),
         ({"sample": None}, "sample"),
         ({"precision": "int8"}, "precision"),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from autobatch.errors import InvalidArgumentError
 from autobatch.probe.search.within import Extent
-from autobatch.probe.workload.arguments import check_functions, check_model, check_options
+from autobatch.probe.workload.arguments import check_functions, check_model, check_options, optimizers_of
 from autobatch.probe.workload.batch import move, tensors
 from autobatch.probe.workload.data import Batches, DatasetBatches, batches_of
 from autobatch.probe.workload.ema import update_of
@@ -28,7 +28,8 @@ class Workload:
 
     Args:
         model: what is trained. Its parameters must be on the device that is probed.
-        optimizer: stepped once a training step; without one, only forward and backward run.
+        optimizer: stepped once a training step, or several in a list, one after the other; without one, only forward
+            and backward run.
         loss_fn: ``loss_fn(output, target)`` for batches that are a pair, else ``loss_fn(output, batch)``. Without it
             the model returns the loss itself: the output, its ``loss`` attribute or item, or the first of a tuple.
         sample: where batches come from. ``sample(n)`` makes a batch of n samples, each as large as the largest of the
@@ -75,7 +76,7 @@ class Workload:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer | None = None,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
         loss_fn: Callable[..., Tensor] | None = None,
         sample: Any = None,
         *,
@@ -133,10 +134,15 @@ class Workload:
         return device_of(self.model)
 
     @property
+    def optimizers(self) -> tuple[torch.optim.Optimizer, ...]:
+        """None, one or several, in the order in which they step."""
+        return optimizers_of(self.optimizer)
+
+    @property
     def stateful(self) -> tuple[Any, ...]:
         """Every object that a step may change."""
-        known = (self.model, self.optimizer, self.scheduler, self.scaler, self.loss_fn, self.ema, *self.extra_state)
-        return tuple(item for item in known if item is not None)
+        others = (self.scheduler, self.scaler, self.loss_fn, self.ema, *self.extra_state)
+        return tuple(item for item in (self.model, *self.optimizers, *others) if item is not None)
 
     def to(self, torch_device: str) -> None:
         """Moves the model (its parameters in place, so the optimizer still holds them) to ``torch_device``."""
@@ -225,16 +231,19 @@ class Workload:
 
     def _update(self) -> None:
         if self.max_grad_norm is not None:
-            if self.scaler is not None and self.optimizer is not None:
-                self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
-        if self.optimizer is not None:
             if self.scaler is not None:
-                self.scaler.step(self.optimizer)
-                self.scaler.update()
+                for optimizer in self.optimizers:
+                    self.scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        for optimizer in self.optimizers:
+            if self.scaler is not None:
+                self.scaler.step(optimizer)
             else:
-                self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+                optimizer.step()
+        if self.scaler is not None and self.optimizers:
+            self.scaler.update()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
         self.model.zero_grad(set_to_none=True)
         if self._update_ema is not None:
             self._update_ema(self.model)

@@ -18,15 +18,21 @@ def check_model(model: Any, optimizer: Any, scheduler: Any, scaler: Any) -> None
     """Raises InvalidArgumentError for the first that is not what its name says."""
     if not isinstance(model, nn.Module):
         raise InvalidArgumentError("model", model, "a torch.nn.Module")
-    for argument, value, method in (
-        ("optimizer", optimizer, "step"),
-        ("scheduler", scheduler, "state_dict"),
-        ("scaler", scaler, "unscale_"),
-    ):
+    for argument, value, method in (("scheduler", scheduler, "state_dict"), ("scaler", scaler, "unscale_")):
         if value is not None and not hasattr(value, method):
             raise InvalidArgumentError(argument, value, f"a torch {argument}, or None")
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise InvalidArgumentError("optimizer", "LBFGS", "one that steps without a closure; for it, give step(n)")
+    for each in optimizers_of(optimizer):
+        if not hasattr(each, "step"):
+            raise InvalidArgumentError("optimizer", each, "a torch optimizer, a list of them, or None")
+        if isinstance(each, torch.optim.LBFGS):
+            raise InvalidArgumentError("optimizer", "LBFGS", "one that steps without a closure; for it, give step(n)")
+
+
+def optimizers_of(optimizer: Any) -> tuple[Any, ...]:
+    """One optimizer, several or None, in their order."""
+    if optimizer is None:
+        return ()
+    return tuple(optimizer) if isinstance(optimizer, (list, tuple)) else (optimizer,)
 
 
 def check_functions(**functions: Any) -> None:

@@ -55,7 +55,7 @@ def signature_of(workload: Workload, batch_size: int) -> Signature:
     parts = {
         "tensors": [_tensor(name, item) for name, item in _tensors(workload.model)],
         "modules": [_module(name, module) for name, module in workload.model.named_modules()],
-        "optimizer": _optimizer(workload.optimizer),
+        "optimizers": [_optimizer(optimizer) for optimizer in workload.optimizers],
         "samples": samples,
         "training": _training(workload),
         "torch": _torch_flags(),
@@ -89,8 +89,6 @@ def _settings(item: Any, *, without: tuple[str, ...] = ()) -> list[tuple[str, An
 
 
 def _optimizer(optimizer: Any) -> tuple[Any, ...]:
-    if optimizer is None:
-        return ()
     groups = [
         # Rates change as training goes on; whether there is momentum decides memory, how much of it does not.
         (len(group["params"]), sorted((k, _without_size(v)) for k, v in group.items() if isinstance(v, _SCALARS)))
@@ -147,7 +145,7 @@ def _leaves(batch: Any) -> Iterator[tuple[Any, ...]]:
 def _sources(workload: Workload) -> list[tuple[str, str]]:
     """Name and hash of each file in which something of the workload is written."""
     written: list[Any] = [type(module) for module in workload.model.modules()]
-    written += [workload.sample, workload.loss_fn, workload._evaluate, type(workload.optimizer)]
+    written += [workload.sample, workload.loss_fn, workload._evaluate, *map(type, workload.optimizers)]
     written += filter(_is_code, workload.identity)
     paths = {path for item in written if (path := _source(item)) is not None}
     return sorted((path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in paths)
