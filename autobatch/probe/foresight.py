@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from autobatch.errors import AutobatchWarning
 from autobatch.probe.trial import Attempt
-from autobatch.replay.forecast import MORE_STEPS, Forecast, TooLongError, forecast, peak_reserved_bytes
+from autobatch.replay.forecast import Forecast, TooLongError, forecast, peak_reserved_bytes
 from autobatch.replay.scaling import Scaling, scaling
 from autobatch.replay.trace import Trace
 from autobatch.result import AFTER_SEARCH, FRESH, Trial
@@ -124,10 +124,6 @@ class Recorded:
         if foretold is None or not foretold.is_sure or foretold.alone > foretold.most:
             return False
         return foretold.least <= size <= foretold.most
-
-    def more_steps(self, size: int) -> int:
-        """How many more steps to run ``size``: a GPU that is expected to fail may do so in a later one."""
-        return MORE_STEPS if self.expects_failure(size) and not self._is_of_host else 0
 
     def refutes(self, confirming: Trial) -> bool:
         """Whether a confirming run of a size that was never tried failed where a trial would have: by itself, in one of

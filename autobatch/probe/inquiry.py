@@ -157,15 +157,15 @@ class Inquiry:
         return attempt.trial
 
     def _searching(self, size: int, mode: str) -> TrialRequest:
-        """A trial of the search, longer or behind small batches where these are what it is foretold to fail in."""
+        """A trial of the search, behind small batches where these are what it is foretold to fail behind."""
         # One sample is enough for an evaluation to meet the optimizer's state.
         before = () if self._trained is None else (self._small("train", self._trained),)
         if self._foresight is None:
             return self._request(size, mode, self.steps, before)
-        steps = self.steps + self._foresight.more_steps(size)
         if self.executor.begins_small and self._foresight.belongs_behind_small(size):
-            return self._request(size, mode, steps, (*before, *self._two_small(size, mode)))
-        request = self._request(size, mode, steps, before)
+            before = (*before, *self._two_small(size, mode))
+            return self._request(size, mode, self.steps, before)
+        request = self._request(size, mode, self.steps, before)
         return replace(request, records=self._foresight.wants(), afresh=self._foresight.is_at_the_end(size))
 
     def check(self, size: int, mode: str) -> Trial:

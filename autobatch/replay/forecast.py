@@ -15,7 +15,7 @@ _NO_END = 2**62  # more bytes than there are
 _TOO_FAR = 2**24  # a batch so large is no forecast
 _SURE = 0.97  # the least of a forecast is this part of the most, or more: then there is no need to learn first
 _MOST_EVENTS = 2_500_000  # what one forecast may replay: some two seconds
-MORE_STEPS = 5  # behind those that were recorded: some sizes run out in a later step
+_MORE_STEPS = 5  # behind those that were recorded: some sizes run out in a later step
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ def forecast(scaling: Scaling, capacity_bytes: int, *, smallest: int = 1, fitted
     most = _grown(as_recorded, known) if fitted is None else _shrunk(as_recorded, scaling.size - 1, known)
     if most is None:
         return None
-    longer = scaling.prolonged(MORE_STEPS)
+    longer = scaling.prolonged(_MORE_STEPS)
     first = longer.trace.steps[1] if len(longer.trace.steps) > 3 else 0
     small = longer.sizes(smallest)[:first]
 

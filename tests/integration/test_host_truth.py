@@ -14,14 +14,16 @@ from tests.workloads import host
 pytestmark = pytest.mark.slow
 
 
-def survives(builder: object, size: int, limit_bytes: int, times: int = 3) -> list[bool]:
-    """Whether 20 steps of ``size`` end well, in fresh processes."""
+def survives(builder: object, size: int, limit_bytes: int) -> list[bool]:
+    """Whether 20 steps of ``size`` end well in fresh processes, and in one that has run smaller batches: what some
+    kernels keep for each size is 1.6 % of 512 MiB (attention on a processor with AMX) or 2.3 % (convolutions).
+    """
     outcomes = []
-    for _ in range(times):
+    for before in ((), (), (1, 1)):
         executor = ChildExecutor(builder, HostDevice(memory_limit_bytes=limit_bytes).isolation())
         try:
             executor.setting()
-            request = TrialRequest(batch_size=size, steps=20, limit_bytes=limit_bytes)
+            request = TrialRequest(batch_size=size, steps=20, limit_bytes=limit_bytes, sizes_before=before)
             outcomes.append(executor.run(request).trial.outcome is Outcome.FITS)
         finally:
             executor.close()
@@ -31,13 +33,7 @@ def survives(builder: object, size: int, limit_bytes: int, times: int = 3) -> li
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("builder", "limit_bytes"),
-    [
-        (host.mlp, 512 * MIB),
-        (host.attention, 512 * MIB),
-        # An answer must survive smaller batches too, and after one sample the convolutions' library keeps 12 MiB for
-        # good: 2.3 % of 512 MiB, where 382 to 385 stood against 394 (in processes that ran no smaller batch before).
-        (host.convolutions, 1024 * MIB),
-    ],
+    [(host.mlp, 512 * MIB), (host.attention, 512 * MIB), (host.convolutions, 512 * MIB)],
 )
 def test_the_answer_is_within_two_per_cent_of_the_truth_and_never_above(builder: object, limit_bytes: int) -> None:
     result = find(builder, device="cpu", memory_limit=limit_bytes, headroom=0, multiple_of=1)

@@ -11,7 +11,7 @@ from autobatch.errors import AutobatchWarning
 from autobatch.probe import foresight
 from autobatch.probe.foresight import Recorded
 from autobatch.probe.trial import Attempt
-from autobatch.replay.forecast import MORE_STEPS, Forecast
+from autobatch.replay.forecast import Forecast
 from autobatch.replay.trace import ALLOCATES, Trace
 from autobatch.result import AFTER_SEARCH, FRESH, Measurement, Outcome, Trial
 from autobatch.units import GIB, KIB, MIB
@@ -167,11 +167,3 @@ def test_what_fails_later_or_behind_others_was_not_foretold_wrongly(history: str
     """A trial, which has three steps, would not have told either."""
     confirming = Trial(batch_size=9, outcome=Outcome.OOM, history=history, steps=steps)
     assert Recorded(1, 3, lambda own: own).refutes(confirming) is refuted
-
-
-def test_a_size_that_a_gpu_is_foretold_to_fail_at_is_run_longer() -> None:
-    on_a_gpu, on_the_host = recorded(attempt(1), attempt(3)), recorded(of_host(1), of_host(3))
-    for found in (on_a_gpu, on_the_host):
-        found.forecast(3)
-    assert [on_a_gpu.more_steps(size) for size in (92, 93)] == [0, MORE_STEPS]
-    assert [on_the_host.more_steps(size) for size in (92, 93)] == [0, 0]

@@ -10,7 +10,7 @@ from autobatch.probe.executor import Setting
 from autobatch.probe.foresight import Recorded
 from autobatch.probe.inquiry import Inquiry, withheld_of_host
 from autobatch.probe.trial import Attempt, TrialRequest
-from autobatch.replay.forecast import MORE_STEPS, Forecast
+from autobatch.replay.forecast import Forecast
 from autobatch.result import Outcome, Trial
 from autobatch.units import GIB, MIB
 
@@ -76,12 +76,12 @@ def test_the_largest_that_should_fit_is_tried_as_training_begins(inquiry: Inquir
 
 def test_what_should_fail_behind_small_batches_alone_is_asked_there(inquiry: Inquiry) -> None:
     request = asked(inquiry, 61, Forecast(60, 60, 70))
-    assert (request.steps, request.sizes_before, request.records) == (3 + MORE_STEPS, (1, 1), False)
+    assert (request.steps, request.sizes_before, request.records) == (3, (1, 1), False)
 
 
-def test_what_should_fail_by_itself_runs_as_long_as_it_was_foretold(inquiry: Inquiry) -> None:
+def test_what_should_fail_by_itself_is_asked_by_itself_and_recorded(inquiry: Inquiry) -> None:
     request = asked(inquiry, 71, Forecast(60, 60, 70))
-    assert (request.steps, request.sizes_before, request.records) == (3 + MORE_STEPS, (), True)
+    assert (request.steps, request.sizes_before, request.records) == (3, (), True)
 
 
 def test_where_no_small_batches_can_come_before_none_do(inquiry: Inquiry) -> None:

@@ -135,11 +135,21 @@ def test_where_another_limit_is_just_above_what_is_foretold_it_is_tried() -> Non
     assert confirm.refused == []
 
 
-def test_a_guess_that_was_asked_is_not_asked_again_below_a_refusal() -> None:
-    oracle = affine(990)
-    answer = foretold(oracle, lambda size: 1000 if size < 985 else 990, first_guess=980)
-    assert answer.batch_size == 990
-    assert 981 not in oracle.trials
+def test_a_guess_that_agrees_stands_for_the_forecast() -> None:
+    """What is asked is just above it; if that fits, the next forecast is from near."""
+    right, low = affine(295), affine(300)
+    assert foretold(right, lambda size: 300, first_guess=295).batch_size == 295
+    assert list(right.trials) == [2, 5, 296]
+    assert foretold(low, lambda size: 300, first_guess=295).batch_size == 300
+    assert list(low.trials) == [2, 5, 296, 301]
+
+
+@pytest.mark.parametrize("told", [Forecast(20, 100), Forecast(20, 20)])
+def test_a_failure_that_ran_and_tells_nothing_surely_leaves_the_forecast(told: Forecast) -> None:
+    oracle = Oracle(lambda n: n <= 100, lambda n: (10**9 * n, 10**9 * n), failure=Outcome.THRASHED)
+    answer = foretold(oracle, lambda size: told if 101 in oracle.trials else 100)
+    assert answer.batch_size == 100
+    assert list(oracle.trials) == [1, 3, 101]
 
 
 def test_of_several_forecasts_one_is_stepped_down_to() -> None:
@@ -227,7 +237,7 @@ def test_of_a_sure_forecast_and_a_guess_a_little_below_the_lower_is_asked() -> N
     oracle = affine(300)
     answer = foretold(oracle, lambda size: 300 if size > 200 else 304, first_guess=300)
     assert answer.batch_size == 300
-    assert list(oracle.trials) == [2, 5, 300, 301]
+    assert list(oracle.trials) == [2, 5, 301]
 
 
 def test_a_forecast_above_a_cap_asks_the_cap() -> None:
@@ -325,10 +335,10 @@ def test_a_guess_where_not_even_a_small_size_fits_asks_for_no_batch_of_none() ->
 
 def test_what_ran_and_did_not_fit_is_taken_into_the_next_forecast() -> None:
     """Between two sizes that ran the end is told better than beyond them."""
-    oracle = Oracle(lambda n: n <= 88, lambda n: (10**9 * n, 10**9 * n), failure=Outcome.THRASHED)
-    answer = foretold(oracle, lambda size: 88 if 101 in oracle.trials else 100)
-    assert answer.batch_size == 88
-    assert list(oracle.trials) == [1, 3, 101, 89]
+    oracle = Oracle(lambda n: n <= 95, lambda n: (10**9 * n, 10**9 * n), failure=Outcome.THRASHED)
+    answer = foretold(oracle, lambda size: 95 if 101 in oracle.trials else 100)
+    assert answer.batch_size == 95
+    assert list(oracle.trials) == [1, 3, 101, 96]
 
 
 @settings(deadline=None)

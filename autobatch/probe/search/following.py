@@ -7,7 +7,7 @@ from autobatch.replay.forecast import Forecast
 from autobatch.result import Outcome
 
 _SMALL = 2  # so many more small sizes are learnt from at most
-_LONGEST_LEAP = 9  # growth to this power
+_LONGEST_LEAP = 10  # growth to this power
 _NEARER = 1 / 4  # the part of a forecast from afar to look from first
 _GUESSED = 0.98  # a guess that is this part of a forecast, or more, agrees with it
 _OFTEN = 2  # so many times a forecast may be wrong in one direction, and once more: then others than it tell more
@@ -25,17 +25,18 @@ def follow(bracket: Bracket, guess: int | None = None, *, trusts: bool = True) -
     unsure = above = refuted = 0
     is_first = True
     while bracket.is_recorded and not bracket.is_over() and above <= _OFTEN and refuted <= _OFTEN:
-        forecast, high = bracket.foretell(), bracket.high
+        forecast, high, is_trusted = bracket.foretell(), bracket.high, False
         if forecast is None or (not forecast.is_sure and high is None and unsure < _SMALL and guess is None):
             if high is not None or unsure > _SMALL:
                 return
             rank, unsure = _next_to_learn(bracket, forecast, unsure), unsure + 1
         elif guess is not None and _GUESSED * forecast.least <= guess <= forecast.most:
             rank, guess = bracket.rank(guess), None
+            is_trusted = trusts and rank > bracket.low and _is_as_good_as_a_trial(bracket, forecast, is_first=is_first)
         elif forecast.is_from_afar and high is None:
             rank = bracket.rank(_NEARER * forecast.least)
         else:
-            rank, guess, is_trusted = bracket.rank(_in_reach(bracket, forecast)), None, False
+            rank, guess = bracket.rank(_in_reach(bracket, forecast)), None
             if rank <= bracket.low:  # more fits than was foretold, or as much: then the next size fails
                 rank, above = bracket.low + 1, above + 1
             elif high is not None and rank >= high:
@@ -44,12 +45,11 @@ def follow(bracket: Bracket, guess: int | None = None, *, trusts: bool = True) -
                 bracket.foretold_ends.append(rank)
                 is_trusted = trusts and _is_as_good_as_a_trial(bracket, forecast, is_first=is_first)
             is_first = False
-            if is_trusted:
-                if _fails_above(bracket, rank):
-                    bracket.trust(rank)
-                    return
-                continue
-        bracket.leap(rank)
+        if not is_trusted:
+            bracket.leap(rank)
+        elif _fails_above(bracket, rank):
+            bracket.trust(rank)
+            return
 
 
 def _in_reach(bracket: Bracket, forecast: Forecast) -> float:
@@ -59,7 +59,8 @@ def _in_reach(bracket: Bracket, forecast: Forecast) -> float:
 
 def _is_as_good_as_a_trial(bracket: Bracket, forecast: Forecast, *, is_first: bool) -> bool:
     """True for a forecast from near, and for the first one, which nothing has belied yet."""
-    if forecast.most > _in_reach(bracket, forecast) or _met_another_limit(bracket):
+    is_doubtful = not forecast.is_sure or forecast.is_rough or forecast.most > _in_reach(bracket, forecast)
+    if is_doubtful or _met_another_limit(bracket):
         return False
     return is_first or bracket.ran_above or forecast.most <= _FAR * bracket.size
 
@@ -68,12 +69,16 @@ def _fails_above(bracket: Bracket, rank: int) -> bool:
     """Whether memory runs out just above ``rank``, which is asked unless it is known.
 
     If it does, a trial of ``rank`` would tell nothing where the forecast was right, and mostly it is: the confirmation
-    is its first run. A failure that ran to its end tells more than the forecast did, which is made again with it.
+    is its first run. A failure that ran to its end may tell more than the forecast did, which is made again with it. If
+    that is far off it tells less, for a small size and one that thrashes are too unlike.
     """
     if bracket.high == rank + 1:
         return True
     bracket.leap(rank + 1)
-    return bracket.high == rank + 1 and not bracket.ran_above and not _met_another_limit(bracket)
+    if bracket.high != rank + 1 or _met_another_limit(bracket):
+        return False
+    told_more = bracket.foretell() if bracket.ran_above else None
+    return told_more is None or not told_more.is_sure or _FAR * told_more.most < bracket.rounding.size(rank)
 
 
 def _met_another_limit(bracket: Bracket) -> bool:
