@@ -39,7 +39,7 @@ def wrapped(device):
     return Workload(model, torch.optim.AdamW(model.parameters()), mse_loss, pairs)
 
 def uneven(device):
-    width = 4096 if os.environ["RANK"] == "0" else 16384
+    width = int(os.environ["TEST_WIDTH"])  # a search of its own is told of no job
     with torch.device(device):
         model = nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 1))
     return Workload(model, torch.optim.AdamW(model.parameters()), mse_loss, pairs)
@@ -78,7 +78,13 @@ class Ranks:
         self.processes = [
             subprocess.Popen(
                 [sys.executable, "-m", "autobatch", "probe", *arguments],
-                env={**environment(), **job, "RANK": rank, "LOCAL_RANK": rank},
+                env={
+                    **environment(),
+                    **job,
+                    "RANK": rank,
+                    "LOCAL_RANK": rank,
+                    "TEST_WIDTH": str(4096 * 4 ** int(rank)),
+                },
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -136,8 +142,8 @@ def test_each_rank_may_have_a_size_of_its_own(target: str, started: list[Ranks],
     """Where devices or models are unequal, the smallest would hold the others back."""
     card, path = "memory=2GiB,capability=8.0", tmp_path / "result.json"
     started.append(Ranks(f"{target}:uneven", "--gpu", card, "--per-rank", "--json", str(path)))
-    (first, out, _), (second, silent, _) = started[0].end()
-    assert (first, second, silent) == (0, 0, "")
+    (first, out, said), (second, silent, also) = started[0].end()
+    assert (first, second, silent) == (0, 0, ""), said + also
     large, small = BatchSizeResult.from_json(path.read_text()).environment["rank_sizes"]
     assert large > 3 * small
     assert f"Note: Each rank has a size of its own: {large}, {small}." in out.splitlines()

@@ -181,7 +181,7 @@ class TestCodes:
         frames = [line for line in done.stderr.splitlines() if line.startswith("  File ")]
         assert frames
         assert all("workloads_of_mine.py" in frame for frame in frames), done.stderr
-        assert done.stderr.endswith("KeyError: 'row 1536 is missing'\n")
+        assert done.stderr.endswith("KeyError: 'row 3072 is missing'\n")
 
     def test_4_when_the_function_ends_the_process(self, script):
         assert probe(f"{script}:dying", "--gpu", "t4").exit_code == 4
