@@ -59,15 +59,22 @@ class Saved:
 
         Of a sharded model rank 0 has the whole on its host meanwhile, the optimizer's state included.
         """
-        is_writer, weights, rest = self._ranks.rank == 0, self._module.state_dict(), self._rest(position, sizes)
-        if self._accumulator.is_sharded:
-            weights, rest = whole_state(self._module, is_kept=is_writer), whole(rest, is_kept=is_writer)
+        is_writer, is_sharded = self._ranks.rank == 0, self._accumulator.is_sharded
+        made: list[tuple[dict[str, Any], dict[str, Any]]] = []
+
+        def make() -> None:
+            if is_writer or is_sharded:
+                made.append((self._module.state_dict(), self._rest(position, sizes)))
+
+        self._ranks_agree(make)  # what cannot be made is known before ranks wait for each other's parts
+        if is_sharded:
+            made = [(whole_state(self._module, is_kept=is_writer), whole(made[0][1], is_kept=is_writer))]
         own = {
             "random": _random_numbers(self._accumulator.passes.devices),
             "accumulator": self._accumulator.state_dict(),
             "unsaved": unsaved_state(self._modules),
             # Nothing makes these equal where the model is sharded.
-            "buffers": dict(self._module.named_buffers()) if self._accumulator.is_sharded else {},
+            "buffers": dict(self._module.named_buffers()) if is_sharded else {},
         }
         of_ranks = self._ranks.gather(own)
         path = Path()
@@ -75,6 +82,7 @@ class Saved:
         def written() -> None:
             nonlocal path
             if is_writer:
+                weights, rest = made[0]
                 all_else = rest | {"ranks": of_ranks, "order": dict(order)}
                 path = checkpoints.write(folder, self._accumulator.windows, weights, all_else, keep=keep)
 

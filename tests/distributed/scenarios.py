@@ -247,6 +247,31 @@ def fitted(
     }
 
 
+class Unmade:
+    """A part that cannot be saved where it ``fails``."""
+
+    def __init__(self, fails: bool) -> None:
+        self.fails = fails
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.fails:
+            raise ValueError("nothing to save")
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """There is nothing."""
+
+
+def unmade(rank: int, folder: str, at: int) -> None:
+    """A sharded run, a part of whose checkpoint fails on one rank."""
+    model = wrapped(nn.Linear(6, 2).double(), "fsdp")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    extra_state = {"part": Unmade(rank == at)}
+    Trainer(
+        model, optimizer, nn.MSELoss(), micro_batch_size=2, checkpoint=folder, extra_state=extra_state, progress=False
+    ).fit(Rows(8))
+
+
 def terminated(rank: int, folder: str) -> int:
     """Rank 1 alone is asked to end, in its third window: every rank ends after it."""
     windows = 0

@@ -69,6 +69,17 @@ def test_a_sharded_run_may_go_on_whole_and_the_other_way_round(
     assert each[0]["weights"] == pytest.approx(alone["weights"], abs=1e-9)
 
 
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_part_of_a_sharded_checkpoint_that_fails_on_one_rank_is_known_to_all(
+    two: Job, tmp_path: Path, at: int
+) -> None:
+    """Before any rank waits for the others' shards."""
+    told = two.run(scenarios.unmade, folder=str(tmp_path / "run"), at=at, within_s=60.0)
+    assert (told[at]["error"], told[at]["message"]) == ("ValueError", "nothing to save")
+    other = told[1 - at]
+    assert (other["error"], other["message"]) == ("RankError", f"rank {at} failed: ValueError: nothing to save")
+
+
 def test_one_rank_is_asked_to_end_and_all_do_after_the_same_window(two: Job, tmp_path: Path) -> None:
     assert two.results(scenarios.terminated, folder=str(tmp_path)) == [3143, 3143]
     assert newest(tmp_path)[0].name == "window-00000003"
