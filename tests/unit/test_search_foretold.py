@@ -73,6 +73,10 @@ def test_a_forecast_that_is_only_rough_is_tried_itself(limit: int) -> None:
     oracle = affine(limit)
     assert foretold(oracle, lambda size: Forecast(limit, limit, is_rough=True)).batch_size == limit
     assert list(oracle.trials) == [1, 3, limit, limit + 1]
+    guessed = affine(limit)
+    rough = Forecast(limit, limit, is_rough=True)
+    assert foretold(guessed, lambda size: rough, first_guess=limit).batch_size == limit
+    assert limit in guessed.trials
 
 
 def test_one_that_differs_from_the_first_is_tried_itself_unless_it_is_near() -> None:
@@ -92,6 +96,7 @@ def test_a_size_taken_on_trust_that_does_not_fit_is_searched_below(limit: int) -
     answer = foretold(oracle, lambda size: round(1.05 * limit) if size < limit // 3 else limit, confirm)
     assert (answer.batch_size, answer.proof, answer.notes) == (limit, "next_size_failed", ())
     assert (confirm.refused, confirm.kept) == ([round(1.05 * limit)], [limit])
+    assert limit in oracle.trials  # one wrong forecast is enough: below it everything is tried
     assert len(oracle.trials) <= 6
     assert oracle.failures <= 2
 
@@ -153,11 +158,13 @@ def test_a_failure_that_ran_and_tells_nothing_surely_leaves_the_forecast(told: F
 
 
 def test_of_several_forecasts_one_is_stepped_down_to() -> None:
-    oracle, told = affine(1003), {1: 997, 3: 997, 998: 998, 999: 999, 1000: 1003}
+    """To ask for each in turn would be dear."""
+    oracle, told = affine(1003), {3: 990, 991: 996, 997: 1003}
     confirm = Confirms(lambda size: True, keeps=lambda size: size <= 960)
-    answer = foretold(oracle, lambda size: told.get(size, 1003), confirm)
-    assert answer.batch_size <= 960
-    assert len(confirm.refused) <= 5
+    answer = foretold(oracle, lambda size: told[size], confirm)
+    assert list(oracle.trials) == [1, 3, 991, 997, 1004]
+    assert confirm.refused[:3] == [1003, 996, 965]  # and not 990
+    assert 950 <= answer.batch_size <= 960
 
 
 def test_where_a_trusted_size_and_all_below_are_refused_nothing_fits() -> None:
