@@ -101,6 +101,15 @@ def test_a_size_taken_on_trust_that_does_not_fit_is_searched_below(limit: int) -
     assert oracle.failures <= 2
 
 
+def test_trust_is_given_once() -> None:
+    """A forecast from near was wrong, and so are those after it: each is tried, and one confirmation was lost."""
+    oracle, confirm = affine(990), Confirms(lambda size: size <= 990)
+    wrong = {3: 960}
+    answer = foretold(oracle, lambda size: wrong.get(size, 998 if confirm.refused else 1000), confirm)
+    assert answer.batch_size == 990
+    assert (confirm.refused, confirm.kept) == ([1000], [990])
+
+
 def test_a_size_taken_on_trust_that_fits_by_itself_alone_is_stepped_down_from() -> None:
     oracle = affine(300)
     answer = foretold(oracle, lambda size: 300, Confirms(oracle.fits, keeps=lambda size: size < 295))
